@@ -1,0 +1,44 @@
+"""The trainable part of a stock PEFT model as named float32 arrays, and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+from fedkit.arrays import NamedArrays, check_same_schema
+
+
+def get_adapter(model: PeftModel) -> dict[str, NDArray[np.float32]]:
+    """Return copies of the active adapter's arrays: LoRA factors, then the modules of `modules_to_save`.
+
+    Names are PEFT's own, without the adapter's name; their order is that of the model's modules, hence
+    the same on every machine that builds the model alike. bfloat16 and float16 fit into float32 exactly.
+    """
+    state = get_peft_model_state_dict(
+        model,
+        adapter_name=model.active_adapter,
+        # "auto" would ship frozen embeddings that LoRA merely targets, and may ask the hub for a config.
+        save_embedding_layers=False,
+    )
+    return {
+        name: value.detach().to(device="cpu", dtype=torch.float32, copy=True).numpy()
+        for name, value in state.items()
+    }
+
+
+def set_adapter(model: PeftModel, arrays: NamedArrays) -> None:
+    """Write `arrays`, as `get_adapter` gives them, into the active adapter of `model`.
+
+    ``set_adapter(model, get_adapter(model))`` changes no bit.
+
+    Raises
+    ------
+    SchemaMismatchError
+        Naming the first array that is missing, unknown or of another shape, which is what another LoRA
+        rank looks like. The model is unchanged then.
+    """
+    check_same_schema(arrays, like=get_adapter(model))
+    state = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in arrays.items()}
+    set_peft_model_state_dict(model, state, adapter_name=model.active_adapter)

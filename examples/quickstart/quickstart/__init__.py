@@ -1,0 +1,1 @@
+"""Quickstart: ten clients fine-tune one small vision transformer on handwritten digits."""

@@ -1,0 +1,190 @@
+"""Model, data, training and evaluation of the quickstart.
+
+The model is a vision transformer of 0.45 million parameters, pre-trained on Fashion-MNIST (pretrain.py)
+and frozen; LoRA and a new head are what the clients train. The data are scikit-learn's 1797 handwritten
+digits, split over the clients with label skew. torch is imported inside the functions: Flower imports
+this module for every message, also where nothing is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkit.assets import asset_path
+from fedkit.config import RunConfig
+from fedkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from fedkit.clients.rm_lora import RMLoraConfig
+    from peft import PeftModel
+    from transformers import ViTForImageClassification
+
+ASSET = "vit_8x8.safetensors"
+NUM_CLASSES = 10
+NUM_TEST = 540
+MIN_IMAGES = 10
+"""What a client must at least hold, so that its local training is not one batch of one class."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(RunConfig):
+    """The keys of `[tool.flwr.app.config]`, typed; each stands there in kebab-case."""
+
+    learning_rate: float
+    local_epochs: int
+    batch_size: int
+    r: int
+    lora_alpha: int
+    active_rank: int
+    orth_reg_weight: float
+    dirichlet_alpha: float  # label skew: 100 is even, 0.1 gives most clients two or three digits
+
+
+def rm_lora(config: Config) -> RMLoraConfig:
+    """Return the RM-LoRA settings: all attention projections carry LoRA factors."""
+    from fedkit.clients.rm_lora import RMLoraConfig
+
+    return RMLoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        active_rank=config.active_rank,
+        mask="paired",
+        orth_reg_weight=config.orth_reg_weight,
+        target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+    )
+
+
+def build_backbone(num_labels: int = NUM_CLASSES) -> ViTForImageClassification:
+    """Return the untrained transformer for 8x8 grey images."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            intermediate_size=384,
+            num_labels=num_labels,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def build_model(config: Config) -> PeftModel:
+    """Return the frozen pre-trained transformer with a fresh adapter, the same for the same seed."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone = build_backbone()
+        pretrained = {name: value.float() for name, value in load_file(asset_path(ASSET)).items()}
+        missing, unexpected = backbone.load_state_dict(pretrained, strict=False)
+        if unexpected or any(not name.startswith("classifier.") for name in missing):
+            raise ConfigError(f"{ASSET} does not fit this version of transformers: {missing + unexpected}.")
+        settings = rm_lora(config)
+        return get_peft_model(
+            backbone,
+            LoraConfig(
+                r=settings.r,
+                lora_alpha=settings.lora_alpha,
+                target_modules=list(settings.target_modules),
+                modules_to_save=["classifier"],
+            ),
+        )
+
+
+def load_split() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
+    """Return training images in [0, 1] of shape (n, 8, 8), their labels, then the same of the test set.
+
+    The split does not depend on any seed: all runs are tested on the same images.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    train, test = train_test_split(
+        np.arange(len(digits.target)), test_size=NUM_TEST, stratify=digits.target, random_state=0
+    )
+    images, labels = (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
+    return images[train], labels[train], images[test], labels[test]
+
+
+def partition(labels: NDArray[np.int64], *, num_clients: int, alpha: float, seed: int) -> list[NDArray[np.int64]]:
+    """Return each client's indices into `labels`, every class spread by a draw from Dirichlet(`alpha`).
+
+    Raises
+    ------
+    ConfigError
+        If no draw leaves every client at least `MIN_IMAGES` images.
+    """
+    rng = np.random.default_rng(seed)
+    for _ in range(1000):
+        parts: list[list[NDArray[np.int64]]] = [[] for _ in range(num_clients)]
+        for label in np.unique(labels):
+            members = rng.permutation(np.flatnonzero(labels == label))
+            shares = rng.dirichlet(np.full(num_clients, alpha))
+            cuts = (np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
+            for part, piece in zip(parts, np.split(members, cuts), strict=True):
+                part.append(piece)
+        joined = [np.concatenate(part) for part in parts]
+        if min(map(len, joined)) >= MIN_IMAGES:
+            return joined
+    raise ConfigError(
+        f"no split gives {num_clients} clients {MIN_IMAGES} of {len(labels)} images each "
+        f"at dirichlet-alpha {alpha}. Take fewer clients or a larger dirichlet-alpha."
+    )
+
+
+def to_pixel_values(images: NDArray[np.float32]) -> torch.Tensor:
+    """Return the model's input for images in [0, 1]: one channel, centred to [-1, 1]."""
+    import torch
+
+    return torch.from_numpy(images[:, None] * 2 - 1)
+
+
+def train(
+    model: PeftModel, images: NDArray[np.float32], labels: NDArray[np.int64], config: Config, *, seed: int
+) -> dict[str, float]:
+    """Train the adapter of `model` in place with RM-LoRA; return the metrics."""
+    import torch
+    from fedkit.clients.rm_lora import train_rm_lora
+    from torch.utils.data import DataLoader
+
+    pixel_values = to_pixel_values(images)
+    examples = [
+        {"pixel_values": image, "labels": label}
+        for image, label in zip(pixel_values, torch.from_numpy(labels), strict=True)
+    ]
+    batches = DataLoader(examples, batch_size=config.batch_size, shuffle=True)
+    return train_rm_lora(
+        model,
+        batches,
+        rm_lora(config),
+        learning_rate=config.learning_rate,
+        epochs=config.local_epochs,
+        seed=seed,
+    )
+
+
+def evaluate(
+    model: PeftModel | ViTForImageClassification, images: NDArray[np.float32], labels: NDArray[np.int64]
+) -> dict[str, float]:
+    """Return the accuracy, a share in [0, 1], and the mean loss of `model` on the images."""
+    import torch
+
+    model.eval()
+    with torch.inference_mode():
+        output = model(pixel_values=to_pixel_values(images), labels=torch.from_numpy(labels))
+    accuracy = (output.logits.argmax(-1).numpy() == labels).mean()
+    return {"accuracy": float(accuracy), "loss": float(output.loss)}

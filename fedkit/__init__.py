@@ -1,0 +1,29 @@
+"""fedkit: fine-tune pre-trained models with Flower over thin, unreliable links.
+
+One strategy on the server, one mod on the client::
+
+     SERVER  strategies/              FLOWER              CLIENT  clients/
+     distribute ── frame, config ──▶ Message ──▶ mod: settle memory, rebuild the arrays
+                                                  train (RM-LoRA: torch, peft)
+                                                  update = local − received
+                                                  mask → quantize → pack → frame   fedkit/codec/
+     decode  ◀─── one Array "fedkit/1" ◀─ Message ◀─┘  stage memory, reply (or skip)
+       compensate | cluster | lazy sum                                fedkit/aggregation/
+     mean → apply ──▶ next round's arrays
+
+Principles, in order of weight
+
+1. Functional core, thin shell: the mathematics in `fedkit.codec` and `fedkit.aggregation` is numpy in, numpy
+   out. torch lives under `fedkit.clients` alone; what differs between Flower's versions in `fedkit.flower`.
+2. One scheme is one pair: `strategies/aquila.py` and `clients/aquila.py` are two halves of one protocol.
+3. The server decides, the message carries, the client obeys: mods take no options.
+4. State is explicit: a codec or an aggregation hides none, and a client trusts what it remembers only once the
+   server acknowledged it.
+5. Bytes are real: every size reported is that of what was sent.
+6. Quantizing, masking, compensating and clustering are independent choices.
+
+Imports go one way: examples → cli, launch → strategies, clients → rounds, memory, ledger, message → flower,
+config → codec, aggregation, faults → arrays, errors.
+"""
+
+__version__ = "0.1.0"

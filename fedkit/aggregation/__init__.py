@@ -1,0 +1,1 @@
+"""Uploads → new global arrays."""

@@ -1,0 +1,50 @@
+"""What an aggregation is given and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from fedkit.arrays import NamedArrays
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """Who was asked this round, and what each was sent."""
+
+    server_round: int
+    sent: Mapping[int, NamedArrays]  # node id -> arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """One usable reply."""
+
+    node_id: int
+    client_id: str  # stable over restarts, unlike Flower's node id; uploads come in its order
+    num_examples: float  # the weight; above 0
+    arrays: NamedArrays | None  # what the frame holds; None: chose to skip
+    fresh: bool  # the arrays replace what the server had from this client, rather than add to it
+    metrics: Mapping[str, float]
+    wire_bytes: int  # of the frame
+
+
+class Aggregate(NamedTuple, Generic[S]):
+    """What came of a round."""
+
+    params: NamedArrays
+    state: S
+    metrics: Mapping[str, float]
+
+
+class Aggregator(Protocol[S]):
+    """Uploads to new parameters. It holds no state: what it must remember goes in and comes out."""
+
+    def init(self, params: NamedArrays) -> S:
+        """Return the state before the first round."""
+
+    def __call__(self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: S) -> Aggregate[S]:
+        """Return the new parameters; `uploads` are decoded one at a time, so go over them once."""

@@ -1,0 +1,1 @@
+"""Update ⇄ bytes, in stage order: sparsify → quantize → pack → frame."""

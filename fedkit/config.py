@@ -1,0 +1,119 @@
+"""Run config, typed and validated: Flower's `[tool.flwr.app.config]` as a frozen dataclass.
+
+An app declares its keys once, as the fields of a `RunConfig` subclass; a key `local-steps` is the field
+`local_steps`. There is no second configuration language.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar, get_type_hints
+
+from fedkit.errors import ConfigError
+
+Scalar: TypeAlias = bool | int | float | str
+
+T = TypeVar("T", bound="RunConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The keys that every fedkit app understands."""
+
+    strategy: str = "aquila"  # a name that `fedkit.strategies.build` knows
+    num_rounds: int = 10
+    num_clients: int = 10  # nodes in simulation; elsewhere how many the server waits for
+    seed: int = 0
+    drop: float = 0.0  # probability that a reply is lost, for experiments
+    run_dir: str = ""  # where the server writes rounds.jsonl and the model; empty: nowhere
+
+    def __post_init__(self) -> None:
+        if self.num_rounds < 1:
+            raise ConfigError(f"num-rounds must be at least 1, got {self.num_rounds}.")
+        if self.num_clients < 1:
+            raise ConfigError(f"num-clients must be at least 1, got {self.num_clients}.")
+        if not 0 <= self.drop < 1:
+            raise ConfigError(f"drop must be at least 0 and below 1, got {self.drop}.")
+
+
+def parse(cls: type[T], run_config: Mapping[str, Scalar]) -> T:
+    """Return the run config of a Flower `Context` as a `cls`.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key, naming the nearest known one, and for a value of another type than its field's.
+    """
+    types = get_type_hints(cls)
+    fields = {field.name.replace("_", "-"): field.name for field in dataclasses.fields(cls)}
+    check_keys(run_config, fields)
+    values: dict[str, Any] = {
+        fields[key]: _as_type(key, value, types[fields[key]]) for key, value in run_config.items()
+    }
+    return cls(**values)
+
+
+def check_keys(keys: Iterable[str], known: Iterable[str], *, what: str = "run-config key") -> None:
+    """Check that every key is a known one.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first unknown key and the known one nearest to it.
+    """
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
+            raise ConfigError(f"unknown {what} {key!r}. {hint}")
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, Scalar]:
+    """Return the `key=value` pairs of Flower's `--run-config`, values in TOML.
+
+    >>> parse_overrides(["seed=3 strategy='fedavg'", "drop=0.4"])
+    {'seed': 3, 'strategy': 'fedavg', 'drop': 0.4}
+
+    Raises
+    ------
+    ConfigError
+        For text that is not a list of `key=value` pairs.
+    """
+    pairs: dict[str, Scalar] = {}
+    for text in texts:
+        for pair in _split_pairs(text):
+            try:
+                pairs |= tomllib.loads(pair)
+            except tomllib.TOMLDecodeError as error:
+                raise ConfigError(
+                    f"run-config: expected key=value, got {pair!r} ({error}). Quote strings: key='text'."
+                ) from None
+    return pairs
+
+
+def _split_pairs(text: str) -> list[str]:
+    """Split at blanks that are not inside quotes."""
+    pairs, quote = [""], ""
+    for char in text:
+        if char.isspace() and not quote:
+            pairs.append("")
+            continue
+        if char in "\"'":
+            quote = "" if quote == char else quote or char
+        pairs[-1] += char
+    return [pair for pair in pairs if pair]
+
+
+def _as_type(key: str, value: Scalar, expected: type) -> Scalar:
+    if expected is float and type(value) is int:
+        return float(value)
+    if type(value) is not expected:
+        raise ConfigError(
+            f"run-config key {key!r}: expected {expected.__name__}, got {type(value).__name__} {value!r}."
+        )
+    return value

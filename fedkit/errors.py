@@ -1,0 +1,62 @@
+"""Every error fedkit raises.
+
+::
+
+    FedkitError
+    ├── ConfigError (ValueError)     an option that can never work; raised before anything starts
+    ├── CodecError (ValueError)      bytes or values that cannot be coded
+    │   ├── WireFormatError          bytes that are not a frame, or a damaged one
+    │   ├── UnsupportedVersionError  a frame of a format this fedkit does not know
+    │   └── SchemaMismatchError      arrays of other names or shapes than expected
+    ├── ReplyError                   one node's reply that cannot be used
+    ├── QuorumError                  too few nodes, for too long
+    └── LaunchError                  a Flower process that did not start, or a run that failed
+"""
+
+__all__ = [
+    "CodecError",
+    "ConfigError",
+    "FedkitError",
+    "LaunchError",
+    "QuorumError",
+    "ReplyError",
+    "SchemaMismatchError",
+    "UnsupportedVersionError",
+    "WireFormatError",
+]
+
+
+class FedkitError(Exception):
+    """Any error that fedkit raises on purpose."""
+
+
+class ConfigError(FedkitError, ValueError):
+    """An option that can never work."""
+
+
+class CodecError(FedkitError, ValueError):
+    """Bytes or values that cannot be coded."""
+
+
+class WireFormatError(CodecError):
+    """Bytes that are not a frame, or a damaged one."""
+
+
+class UnsupportedVersionError(CodecError):
+    """A frame of a format that this fedkit does not know."""
+
+
+class SchemaMismatchError(CodecError):
+    """Arrays of other names or shapes than expected."""
+
+
+class ReplyError(FedkitError):
+    """One node's reply that cannot be used."""
+
+
+class QuorumError(FedkitError):
+    """Too few nodes, for too long."""
+
+
+class LaunchError(FedkitError):
+    """A Flower process that did not start, or a run that failed."""

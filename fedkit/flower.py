@@ -1,0 +1,108 @@
+"""The one module that knows how Flower's versions differ, and what of Flower is not public.
+
+Tried with flwr 1.39.0 (SuperNodes speak gRPC) and 1.41.0 (HTTP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from flwr.app import Error, Message, RecordDict
+from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects  # noqa: TID251
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents  # noqa: TID251
+from flwr.supercore.task_identity import TaskIdentity  # noqa: TID251
+
+__all__ = [
+    "ClientAppCallable",
+    "GridWrapper",
+    "Mod",
+    "deflate",
+    "inflate",
+    "object_bytes",
+    "refusal",
+    "task_identity",
+]
+
+_MOD_FAILED_PRECONDITION: Final = 6  # flwr's private ErrorCode of that name
+
+
+def deflate(message: Message) -> tuple[str, dict[str, bytes]]:
+    """Return the id of a message and all its objects, by id, as Flower sends them."""
+    objects = {object_id: item.deflate() for object_id, item in get_all_nested_objects(message).items()}
+    return message.object_id, objects
+
+
+def inflate(object_id: str, objects: dict[str, bytes]) -> Message:
+    """Return the message that `deflate` took apart."""
+    message = inflate_object_from_contents(object_id, dict(objects))
+    if not isinstance(message, Message):
+        raise TypeError(f"expected a Message, got {type(message).__name__}.")
+    return message
+
+
+def object_bytes(message: Message) -> int:
+    """Return the size in bytes of all objects of a message, as Flower sends them."""
+    return sum(map(len, deflate(message)[1].values()))
+
+
+def refusal(reason: str, *, reply_to: Message) -> Message:
+    """Return the error reply of a mod that cannot go on."""
+    return Message(Error(_MOD_FAILED_PRECONDITION, reason), reply_to=reply_to)
+
+
+@contextmanager
+def task_identity(*, run_id: int, node_id: int) -> Iterator[None]:
+    """Let this process create messages outside a Flower run, as tests do."""
+    before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
+    TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = 1, run_id, node_id
+    try:
+        yield
+    finally:
+        TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
+
+
+class GridWrapper(Grid):
+    """A Grid that hands every call on to another one."""
+
+    def __init__(self, inner: Grid) -> None:
+        self.inner = inner
+
+    def set_run(self, run) -> None:  # type: ignore[no-untyped-def]  # the type of `run` is private to Flower
+        """Set the run, as Grid does."""
+        self.inner.set_run(run)
+
+    @property
+    def run(self):  # type: ignore[no-untyped-def]
+        """The run, as Grid has it."""
+        return self.inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Create a message, as Grid does."""
+        return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the connected nodes, as Grid does."""
+        return self.inner.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages, as Grid does."""
+        return self.inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Fetch replies, as Grid does."""
+        return self.inner.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages and wait for the replies, as Grid does."""
+        return self.inner.send_and_receive(messages, timeout=timeout)

@@ -1,0 +1,99 @@
+"""What a client remembers between rounds, trusted only once the server acknowledged it.
+
+A lazy scheme keeps on the client "what the server already has from me". If a reply is lost after the client
+moved that memory, the two differ for ever and nothing says so. So the client *stages* each upload; the server
+sends back, with its next message, the digest of what it has accepted from that client; the client *settles*:
+
+==========================================  ===================================================
+the server's digest is that of              the client
+==========================================  ===================================================
+the memory with the staged upload           commits: the upload arrived
+the memory without it                       rolls back: the upload was lost
+anything else                               forgets: one of the two lost its state
+==========================================  ===================================================
+
+A digest is a running hash of the accepted frames, so that it costs the same however old the memory is; no
+frames at all is `GENESIS`. A client that forgot codes its next upload against zeros and says so by naming
+`GENESIS` as its base; the server then replaces what it had. That is the very message a new client sends, so
+no separate resynchronisation exists that could go wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Final, cast
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedkit.arrays import NamedArrays, add, zeros_like
+from fedkit.codec.wire import Codec, decode
+from fedkit.errors import CodecError
+from fedkit.message import STYPE
+
+logger = logging.getLogger(__name__)
+
+GENESIS: Final = bytes(16)  # the digest of a memory that nothing was added to
+
+
+def chain(digest: bytes, frame: bytes) -> bytes:
+    """Return the digest of a memory after `frame` was added to it, 16 bytes."""
+    return hashlib.blake2b(digest + frame, digest_size=16).digest()
+
+
+class ClientMemory:
+    """What the server has from this client, kept in a Flower `Context`'s state.
+
+    Parameters
+    ----------
+    state : RecordDict
+        The state of the client's Context; it outlives the ClientApp.
+    scheme : str
+        Whose memory this is; schemes do not share one.
+    like : NamedArrays
+        Arrays with the names and shapes of an upload.
+    """
+
+    def __init__(self, state: RecordDict, scheme: str, *, like: NamedArrays) -> None:
+        self._state, self._like = state, like
+        self._arrays_key, self._digest_key = f"fedkit.{scheme}.memory", f"fedkit.{scheme}.digest"
+        self.digest, self.arrays, self._staged = self._load()
+
+    def settle(self, accepted: bytes) -> NamedArrays:
+        """Commit, roll back or forget, by the digest of what the server accepted; return what it has."""
+        if self._staged is not None and chain(self.digest, self._staged) == accepted:
+            self.arrays = add(self.arrays, decode(self._staged, like=self._like))
+            self.digest = accepted
+        elif accepted != self.digest:
+            if self.digest != GENESIS or accepted != GENESIS:
+                logger.warning("The server knows another history of this client: starting anew.")
+            self.arrays, self.digest = zeros_like(self._like), GENESIS
+        self._staged = None
+        self._save()
+        return self.arrays
+
+    def stage(self, frame: bytes) -> None:
+        """Remember an upload until the server says whether it arrived."""
+        self._staged = frame
+        self._save()
+
+    def _load(self) -> tuple[bytes, NamedArrays, bytes | None]:
+        record, digest = self._state.get(self._arrays_key), self._state.get(self._digest_key)
+        if isinstance(record, ArrayRecord) and isinstance(digest, ConfigRecord):
+            staged = record["staged"].data if "staged" in record else None
+            try:
+                arrays = decode(record["committed"].data, like=self._like)
+            except CodecError as error:
+                logger.warning("The memory cannot be used (%s): starting anew.", error)
+            else:
+                return cast(bytes, digest["digest"]), arrays, staged
+        return GENESIS, zeros_like(self._like), None
+
+    def _save(self) -> None:
+        parts = {"committed": Codec().encode(self.arrays)}
+        if self._staged is not None:
+            parts["staged"] = self._staged
+        self._state[self._arrays_key] = ArrayRecord(
+            {name: Array("uint8", (len(data),), STYPE, data) for name, data in parts.items()}
+        )
+        self._state[self._digest_key] = ConfigRecord({"digest": self.digest})

@@ -1,0 +1,182 @@
+"""Every Flower record that fedkit writes or reads, and its keys.
+
+A *train* or *evaluate* message holds the arrays as one `Array` of stype ``fedkit/1``, whose data is a frame, and
+fedkit's instructions among the app's own config. A reply holds one frame, or none if the client chose to skip,
+the app's metrics, and a ConfigRecord ``fedkit`` with the report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Final
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from numpy.typing import NDArray
+
+from fedkit.arrays import NamedArrays
+from fedkit.codec.quantize import AquilaMidTread, Quantizer, ZeroMidTread
+from fedkit.codec.wire import Codec
+from fedkit.config import Scalar
+from fedkit.errors import ConfigError, ReplyError, WireFormatError
+
+STYPE: Final = "fedkit/1"
+FRAME: Final = "frame"  # the name of the one Array of a message
+FEDKIT: Final = "fedkit"  # the ConfigRecord of a reply
+
+SERVER_ROUND: Final = "server-round"
+SCHEME: Final = "fedkit-scheme"
+CODEC: Final = "fedkit-codec"
+ACCEPTED: Final = "fedkit-accepted"
+OPTION_PREFIX: Final = "fedkit-option-"
+
+CLIENT_ID: Final = "client-id"
+BASE: Final = "base"
+SKIPPED: Final = "skipped"
+
+_QUANTIZERS: Final[dict[str, type[AquilaMidTread] | type[ZeroMidTread]]] = {
+    "aquila-mid-tread": AquilaMidTread,
+    "zero-mid-tread": ZeroMidTread,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Instructions:
+    """What the server tells one node for one round."""
+
+    scheme: str  # which mod is meant
+    server_round: int
+    codec: Codec  # how to code the upload
+    accepted: bytes  # digest of the uploads that the server has accepted from this client
+    options: Mapping[str, Scalar] = field(default_factory=dict)  # what this scheme alone needs
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a client says about its upload."""
+
+    client_id: str  # stable name of the client, not Flower's random node id
+    base: bytes  # digest of the memory that the upload adds to
+    skipped: bool  # asked, answered, chose to send nothing
+
+
+def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:
+    """Return an ordinary ArrayRecord as float32 arrays."""
+    return {name: np.asarray(array.numpy(), np.float32) for name, array in record.items()}
+
+
+def from_arrays(arrays: NamedArrays) -> ArrayRecord:
+    """Return arrays as an ordinary ArrayRecord; inverse of `to_arrays`."""
+    return ArrayRecord({name: Array(np.asarray(array, np.float32)) for name, array in arrays.items()})
+
+
+def frame_record(frame: bytes) -> ArrayRecord:
+    """Return a frame as the one Array of an ArrayRecord."""
+    return ArrayRecord({FRAME: Array("uint8", (len(frame),), STYPE, frame)})
+
+
+def read_frame(content: RecordDict) -> bytes:
+    """Return the frame in a message's content; inverse of `frame_record`.
+
+    Raises
+    ------
+    WireFormatError
+        If there is not exactly one ArrayRecord, with exactly one Array, of stype ``fedkit/1``.
+    """
+    arrays = [array for record in content.array_records.values() for array in record.values()]
+    if len(arrays) != 1 or arrays[0].stype != STYPE:
+        raise WireFormatError(f"expected one Array of stype {STYPE!r}, got {[a.stype for a in arrays][:3]}.")
+    return arrays[0].data
+
+
+def write_instructions(config: ConfigRecord, instructions: Instructions) -> None:
+    """Write the instructions among the app's own config."""
+    config[SERVER_ROUND] = instructions.server_round
+    config[SCHEME] = instructions.scheme
+    config[CODEC] = _codec_to_text(instructions.codec)
+    config[ACCEPTED] = instructions.accepted
+    for key, value in instructions.options.items():
+        config[OPTION_PREFIX + key] = value
+
+
+def read_scheme(message: Message) -> str | None:
+    """Return the scheme a message was made by; None for an ordinary Flower message."""
+    config = _config_of(message.content)
+    return None if config is None else str(config[SCHEME])
+
+
+def read_instructions(message: Message) -> Instructions:
+    """Return the instructions of a message; inverse of `write_instructions`.
+
+    Raises
+    ------
+    ConfigError
+        If the message has none, or they are incomplete.
+    """
+    config = _config_of(message.content)
+    if config is None:
+        raise ConfigError(f"the message has no {SCHEME!r} in its config.")
+    server_round, accepted = config.get(SERVER_ROUND), config.get(ACCEPTED)
+    if not isinstance(server_round, int) or not isinstance(accepted, bytes):
+        raise ConfigError(f"the message's {SERVER_ROUND!r} or {ACCEPTED!r} is missing or of a wrong type.")
+    options = {
+        key.removeprefix(OPTION_PREFIX): value
+        for key, value in config.items()
+        if key.startswith(OPTION_PREFIX) and isinstance(value, bool | int | float | str)
+    }
+    codec = _codec_from_text(str(config.get(CODEC)))
+    return Instructions(str(config[SCHEME]), server_round, codec, accepted, options)
+
+
+def report_record(report: Report) -> ConfigRecord:
+    """Return a report as the ConfigRecord ``fedkit`` of a reply."""
+    return ConfigRecord({CLIENT_ID: report.client_id, BASE: report.base, SKIPPED: report.skipped})
+
+
+def read_report(content: RecordDict) -> Report:
+    """Return the report of a reply; inverse of `report_record`.
+
+    Raises
+    ------
+    ReplyError
+        If there is none, or it is incomplete.
+    """
+    record = content.config_records.get(FEDKIT)
+    if record is None:
+        raise ReplyError("the reply holds no report. Is fedkit's mod among the ClientApp's mods?")
+    client_id, base, skipped = record.get(CLIENT_ID), record.get(BASE), record.get(SKIPPED)
+    if not (isinstance(client_id, str) and isinstance(base, bytes) and isinstance(skipped, bool)):
+        raise ReplyError(f"the report is incomplete: it holds {sorted(record)}.")
+    return Report(client_id, base, skipped)
+
+
+def client_id(context: Context) -> str:
+    """Return the client's stable name: node config ``client-id``, else ``partition-id``, else the node id."""
+    for key in ("client-id", "partition-id"):
+        if key in context.node_config:
+            return str(context.node_config[key])
+    return str(context.node_id)
+
+
+def _config_of(content: RecordDict) -> ConfigRecord | None:
+    return next((record for record in content.config_records.values() if SCHEME in record), None)
+
+
+def _codec_to_text(codec: Codec) -> str:
+    if codec.quantizer is None:
+        return "{}"
+    for name, cls in _QUANTIZERS.items():
+        if isinstance(codec.quantizer, cls):
+            return json.dumps({name: asdict(codec.quantizer)})
+    raise ConfigError(f"expected one of fedkit's quantizers, got {codec.quantizer!r}: nodes would not know it.")
+
+
+def _codec_from_text(text: str) -> Codec:
+    try:
+        named: dict[str, dict[str, int]] = json.loads(text)
+        quantizers: list[Quantizer] = [_QUANTIZERS[name](**fields) for name, fields in named.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{CODEC!r} cannot be read: {text!r} ({error}).") from None
+    return Codec(quantizers[0] if quantizers else None)

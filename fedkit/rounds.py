@@ -1,0 +1,76 @@
+"""The Grid wrapper that fedkit hands to Flower's own `start`: it counts what travels and applies the faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from fedkit.errors import ReplyError
+from fedkit.faults import Faults
+from fedkit.flower import GridWrapper, object_bytes
+from fedkit.ledger import Direction, Entry, Ledger
+from fedkit.message import SERVER_ROUND, read_report
+
+
+class RoundGrid(GridWrapper):
+    """A Grid for any strategy, Flower's own too.
+
+    Parameters
+    ----------
+    inner : Grid
+        Flower's Grid.
+    ledger : Ledger, optional
+        Where messages are entered; a new one if unset.
+    faults : Faults, optional
+        Which replies are withheld, as if they had been lost; none if unset.
+    """
+
+    def __init__(self, inner: Grid, *, ledger: Ledger | None = None, faults: Faults | None = None) -> None:
+        super().__init__(inner)
+        self.ledger = ledger or Ledger()
+        self.faults = faults or Faults()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages and return the replies that were not lost, entering both in the ledger."""
+        messages = list(messages)
+        if not messages:
+            return []
+        server_round = _round_of(messages[0])
+        for message in messages:
+            self._enter(message, server_round, message.metadata.dst_node_id, "downlink")
+        replies = list(self.inner.send_and_receive(messages, timeout=timeout))
+        for reply in replies:
+            self._enter(reply, server_round, reply.metadata.src_node_id, "uplink")
+        kept = [reply for reply in replies if not self._loses(server_round, reply)]
+        if messages[0].metadata.message_type == MessageType.TRAIN:
+            self._count(server_round, messages, kept)
+        return kept
+
+    def _enter(self, message: Message, server_round: int, node_id: int, direction: Direction) -> None:
+        self.ledger.enter(Entry(server_round, node_id, direction, object_bytes(message)))
+
+    def _loses(self, server_round: int, reply: Message) -> bool:
+        try:
+            name = read_report(reply.content).client_id if reply.has_content() else ""
+        except ReplyError:
+            name = ""
+        return self.faults.loses(server_round, name or str(reply.metadata.src_node_id))
+
+    def _count(self, server_round: int, messages: list[Message], replies: list[Message]) -> None:
+        errors = sum(reply.has_error() for reply in replies)
+        self.ledger.note(
+            server_round,
+            asked=len(messages),
+            replies=len(replies) - errors,
+            rejected=errors,
+            missing=len(messages) - len(replies),
+        )
+
+
+def _round_of(message: Message) -> int:
+    for record in message.content.config_records.values():
+        if isinstance(server_round := record.get(SERVER_ROUND), int):
+            return server_round
+    return 0

@@ -1,0 +1,61 @@
+"""AQUILA: clients send the quantized innovation of their update, or nothing if it is small.
+
+Z. Zhao, Y. Mao, Z. Shi, et al., "AQUILA: Communication Efficient Federated Learning with Adaptive
+Quantization in Device Selection Strategy", IEEE TMC 23(6), 2024, https://arxiv.org/abs/2308.00258.
+
+Symbols and deviations: `fedkit.codec.quantize` (the quantizer), `fedkit.aggregation.lazy` (the lazy sum) and
+`fedkit.clients.aquila` (the skip rule).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from fedkit.aggregation.lazy import LazyMean, LazyState, skip_threshold
+from fedkit.arrays import NamedArrays
+from fedkit.codec.quantize import AquilaMidTread, Quantizer, ZeroMidTread
+from fedkit.codec.wire import Codec
+from fedkit.config import Scalar
+from fedkit.errors import ConfigError
+
+from .base import UpdateStrategy
+
+
+class Aquila(UpdateStrategy[LazyState]):
+    """Lazily aggregated, adaptively quantized updates. Clients need `fedkit.clients.AquilaMod`.
+
+    Parameters
+    ----------
+    beta : float
+        How large an innovation may be, relative to the last step of the model, and still be skipped; 0: nobody
+        skips.
+    quantizer : Quantizer
+        The default works with local training; `Aquila.published` has the paper's.
+    weighted : bool
+        Whether clients count by their number of examples.
+    **options
+        As in `UpdateStrategy`.
+    """
+
+    scheme: ClassVar[str] = "aquila"
+
+    def __init__(
+        self, *, beta: float = 0.05, quantizer: Quantizer | None = None, weighted: bool = True, **options: Any
+    ) -> None:
+        if not beta >= 0:
+            raise ConfigError(f"beta must be at least 0, got {beta}.")
+        super().__init__(LazyMean(weighted=weighted), Codec(quantizer or ZeroMidTread()), **options)
+        self.beta = beta
+        self._previous: NamedArrays | None = None
+
+    @classmethod
+    def published(cls, *, beta: float = 0.1, **options: Any) -> Self:
+        """Return AQUILA as published: the grid without a zero, b* from 1 bit up, every client counts the same."""
+        return cls(beta=beta, quantizer=AquilaMidTread(), weighted=False, **options)
+
+    def options(self, params: NamedArrays) -> Mapping[str, Scalar]:
+        """Return the skip threshold, and remember the parameters for the next one."""
+        threshold = skip_threshold(self.beta, params, self._previous)
+        self._previous = params
+        return {"skip-threshold": threshold}

@@ -1,0 +1,290 @@
+"""Flower's round in fedkit's words: send frames, judge replies one by one, fold the uploads.
+
+A scheme is a subclass that names itself, its aggregation and its codec, and overrides one or two of the hooks
+`distribute` and `options`. Everything else is here: fresh messages per node, the acknowledgement of uploads,
+errors of single nodes, weights, metrics and the ledger.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+
+from fedkit.aggregation.protocol import Aggregator, Cohort, Upload
+from fedkit.arrays import NamedArrays, squared_norm
+from fedkit.codec.wire import Codec, decode, encode_snapshot
+from fedkit.config import Scalar
+from fedkit.errors import FedkitError, QuorumError, ReplyError
+from fedkit.ledger import Ledger
+from fedkit.memory import GENESIS, chain
+from fedkit.message import (
+    Instructions,
+    Report,
+    frame_record,
+    from_arrays,
+    read_frame,
+    read_report,
+    to_arrays,
+    write_instructions,
+)
+from fedkit.rounds import RoundGrid
+
+logger = logging.getLogger(__name__)
+
+S = TypeVar("S")
+MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
+
+MAX_NORM = 1e18  # an upload beyond it is refused: its square would not fit a float32
+
+
+class FedAvgOptions(TypedDict, total=False):
+    """The options that every strategy shares with Flower's FedAvg."""
+
+    fraction_train: float
+    fraction_evaluate: float
+    min_train_nodes: int
+    min_evaluate_nodes: int
+    min_available_nodes: int
+    weighted_by_key: str
+    arrayrecord_key: str
+    configrecord_key: str
+    train_metrics_aggr_fn: MetricsFn
+    evaluate_metrics_aggr_fn: MetricsFn
+
+
+class UpdateStrategy(FedAvg, Generic[S]):
+    """A strategy whose clients send coded updates.
+
+    Parameters
+    ----------
+    aggregator : Aggregator[S]
+        Uploads to new parameters.
+    codec : Codec
+        How clients code what they send.
+    seed : int
+        Of the choice of clients, when not all take part.
+    node_timeout : float
+        Seconds to wait for `min_available_nodes` before a round.
+    **fedavg
+        As in Flower's FedAvg.
+    """
+
+    scheme: ClassVar[str]
+
+    def __init__(
+        self,
+        aggregator: Aggregator[S],
+        codec: Codec,
+        *,
+        seed: int = 0,
+        node_timeout: float = 600.0,
+        **fedavg: Unpack[FedAvgOptions],
+    ) -> None:
+        fedavg.setdefault("train_metrics_aggr_fn", mean_metrics)
+        fedavg.setdefault("evaluate_metrics_aggr_fn", mean_metrics)
+        super().__init__(**fedavg)
+        self.aggregator, self.codec, self.seed, self.node_timeout = aggregator, codec, seed, node_timeout
+        self.ledger = Ledger()
+        self.state: S | None = None
+        self.accepted: dict[str, bytes] = {}  # client id -> digest of the uploads taken from it
+        self._client_ids: dict[int, str] = {}  # node id -> client id, known once a node has answered
+        self._params: NamedArrays = {}
+        self._cohort = Cohort(0, {})
+
+    # ---- what a scheme may override ------------------------------------------------------------
+
+    def distribute(self, params: NamedArrays, node_ids: Sequence[int]) -> Mapping[int, NamedArrays]:
+        """Return what each node is sent; here everybody the same."""
+        return dict.fromkeys(node_ids, params)
+
+    def options(self, params: NamedArrays) -> Mapping[str, Scalar]:
+        """Return what this scheme's mod must be told this round."""
+        return {}
+
+    # ---- Flower's round ------------------------------------------------------------------------
+
+    def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
+        """Run all rounds; see Flower's `Strategy.start`."""
+        grid = grid if isinstance(grid, RoundGrid) else RoundGrid(grid)
+        self.ledger = grid.ledger
+        return super().start(grid, *args, **kwargs)
+
+    def summary(self) -> None:
+        """Log the settings."""
+        logger.info("\t├──> %s, codec: %s", type(self).__name__, self.codec.quantizer or "float32")
+        super().summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Return one message for each node of this round's cohort."""
+        self._params = to_arrays(arrays)
+        if self.state is None:
+            self.state = self.aggregator.init(self._params)
+        node_ids = self._sample(grid, server_round, self.fraction_train, self.min_train_nodes)
+        self._cohort = Cohort(server_round, self.distribute(self._params, node_ids))
+        return self._messages(MessageType.TRAIN, server_round, config, self._cohort.sent)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the new arrays and the mean of the clients' metrics; (None, None) if nobody answered."""
+        judged = sorted(self._judge(replies), key=lambda item: item[0].client_id)
+        if not judged or self.state is None:
+            return None, None
+        contents: list[RecordDict] = []
+        uploads = self._uploads(judged, contents)
+        params, self.state, metrics = self.aggregator(self._params, self._cohort, uploads, self.state)
+        record = self.train_metrics_aggr_fn(contents, self.weighted_by_key) if contents else MetricRecord()
+        record.update(metrics)
+        return from_arrays(params), record
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Return one message for each node that is to evaluate the arrays."""
+        params = to_arrays(arrays)
+        node_ids = self._sample(grid, server_round, self.fraction_evaluate, self.min_evaluate_nodes)
+        return self._messages(
+            MessageType.EVALUATE, server_round, config, self.distribute(params, node_ids) if node_ids else {}
+        )
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return the mean of the clients' metrics, None if there are none."""
+        contents = []
+        for reply in replies:
+            try:
+                _content_of(reply), _weight_of(reply, self.weighted_by_key)
+            except ReplyError as error:
+                logger.warning("node %d, evaluation: %s", reply.metadata.src_node_id, error)
+            else:
+                contents.append(reply.content)
+        return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
+
+    # ---- one node at a time --------------------------------------------------------------------
+
+    def _sample(self, grid: Grid, server_round: int, fraction: float, minimum: int) -> list[int]:
+        """Return the nodes to ask, in the order of their clients; wait for enough of them, but not for ever."""
+        if fraction == 0:
+            return []
+        needed, deadline = max(self.min_available_nodes, minimum), time.monotonic() + self.node_timeout
+        while len(node_ids := list(grid.get_node_ids())) < needed:
+            if time.monotonic() > deadline:
+                raise QuorumError(
+                    f"round {server_round}: expected {needed} nodes within {self.node_timeout:.0f} s, "
+                    f"got {len(node_ids)}. Start more SuperNodes, or lower min_available_nodes."
+                )
+            time.sleep(min(1.0, self.node_timeout))
+        node_ids.sort(key=lambda node_id: (self._client_ids.get(node_id, ""), node_id))
+        size = max(int(len(node_ids) * fraction), minimum)
+        chosen = set(random.Random(f"{self.seed}/{server_round}").sample(node_ids, size))
+        return [node_id for node_id in node_ids if node_id in chosen]
+
+    def _messages(
+        self, kind: str, server_round: int, config: ConfigRecord, sent: Mapping[int, NamedArrays]
+    ) -> list[Message]:
+        """Return a fresh message for each node; nodes that are sent the same arrays share one frame."""
+        options = self.options(self._params)
+        frames: dict[int, bytes] = {}
+        messages = []
+        for node_id, arrays in sent.items():
+            frame = frames.setdefault(id(arrays), b"") or encode_snapshot(arrays)
+            frames[id(arrays)] = frame
+            own = ConfigRecord(dict(config))
+            accepted = self.accepted.get(self._client_ids.get(node_id, ""), GENESIS)
+            write_instructions(own, Instructions(self.scheme, server_round, self.codec, accepted, options))
+            content = RecordDict({self.arrayrecord_key: frame_record(frame), self.configrecord_key: own})
+            messages.append(Message(content, dst_node_id=node_id, message_type=kind))
+        return messages
+
+    def _judge(self, replies: Iterable[Message]) -> list[tuple[Report, Message]]:
+        """Return the replies that can be used, with their reports; refuse the others, one by one."""
+        judged: dict[str, tuple[Report, Message]] = {}
+        for reply in replies:
+            node_id = reply.metadata.src_node_id
+            try:
+                content = _content_of(reply)
+                report = read_report(content)
+                _weight_of(reply, self.weighted_by_key)
+                if node_id not in self._cohort.sent:
+                    raise ReplyError("it was not asked.")
+                if report.client_id in judged:
+                    raise ReplyError(f"another node answered as client {report.client_id!r} already.")
+                if report.base not in (GENESIS, self.accepted.get(report.client_id, GENESIS)):
+                    raise ReplyError("its upload adds to a history that the server does not have.")
+            except ReplyError as error:
+                self._refuse(node_id, error, counted=reply.has_error())
+            else:
+                judged[report.client_id] = report, reply
+        return list(judged.values())
+
+    def _uploads(self, judged: Sequence[tuple[Report, Message]], contents: list[RecordDict]) -> Iterator[Upload]:
+        """Yield the uploads, decoded one at a time, and collect the contents of those that were accepted."""
+        for report, reply in judged:
+            node_id, content = reply.metadata.src_node_id, reply.content
+            try:
+                frame = b"" if report.skipped else read_frame(content)
+                arrays = None if report.skipped else decode(frame, like=self._cohort.sent[node_id])
+                if arrays is not None and not squared_norm(arrays) < MAX_NORM**2:
+                    raise ReplyError(f"its upload is longer than {MAX_NORM:.0e}. Did training diverge?")
+            except FedkitError as error:
+                self._refuse(node_id, error)
+                continue
+            self._client_ids[node_id] = report.client_id
+            if arrays is not None:
+                self.accepted[report.client_id] = chain(report.base, frame)
+            self.ledger.note(self._cohort.server_round, skips=int(report.skipped))
+            contents.append(content)
+            yield Upload(
+                node_id=node_id,
+                client_id=report.client_id,
+                num_examples=_weight_of(reply, self.weighted_by_key),
+                arrays=arrays,
+                fresh=report.base == GENESIS,
+                metrics=_metrics_of(content),
+                wire_bytes=len(frame),
+            )
+
+    def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
+        logger.warning("round %d, node %d: reply refused: %s", self._cohort.server_round, node_id, error)
+        if not counted:  # an error reply was counted by the grid
+            self.ledger.note(self._cohort.server_round, rejected=1, replies=-1)
+
+
+def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Return the mean of each metric over the replies that have it, weighted by `weighted_by_key`."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for content in contents:
+        metrics = _metrics_of(content)
+        weight = metrics.pop(weighted_by_key)
+        for key, value in metrics.items():
+            sums[key] = sums.get(key, 0.0) + weight * value
+            weights[key] = weights.get(key, 0.0) + weight
+    return MetricRecord({key: value / weights[key] for key, value in sums.items()})
+
+
+def _content_of(reply: Message) -> RecordDict:
+    if reply.has_error():
+        raise ReplyError(f"it answered with an error: {reply.error.reason}")
+    return reply.content
+
+
+def _metrics_of(content: RecordDict) -> dict[str, float]:
+    """Return the scalar metrics of a reply; lists are the business of a metrics function of the user's."""
+    metrics = [item for record in content.metric_records.values() for item in record.items()]
+    return {key: float(value) for key, value in metrics if isinstance(value, int | float)}
+
+
+def _weight_of(reply: Message, key: str) -> float:
+    weight = _metrics_of(reply.content).get(key, 0.0)
+    if not 0 < weight < float("inf"):
+        raise ReplyError(f"its metric {key!r} must be above 0, got {weight}. Does the app report it?")
+    return weight

@@ -1,0 +1,33 @@
+"""Strategies by name, as `--strategy` and the run config spell them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from fedkit.config import RunConfig, check_keys
+
+from .aquila import Aquila
+
+STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
+    "fedavg": FedAvg,  # Flower's own
+    "aquila": Aquila,
+    "aquila-published": Aquila.published,
+}
+
+
+def build(config: RunConfig) -> Strategy:
+    """Return the strategy that a run config names, for all its clients, evaluated on the server alone.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name, with the nearest known one.
+    """
+    check_keys([config.strategy], STRATEGIES, what="strategy")
+    everybody = config.num_clients
+    return STRATEGIES[config.strategy](
+        fraction_evaluate=0.0, min_train_nodes=everybody, min_available_nodes=everybody
+    )

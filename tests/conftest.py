@@ -1,0 +1,12 @@
+"""Fixtures shared by all tests."""
+
+import pytest
+
+from fedkit.flower import task_identity
+
+
+@pytest.fixture(autouse=True)
+def _flower_task():
+    """Flower's messages need the identity of a task; outside a run the tests provide it."""
+    with task_identity(run_id=1, node_id=1):
+        yield

@@ -1,0 +1,161 @@
+"""The command line up to the point where Flower would start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from fedkit import cli
+from fedkit.config import Scalar
+from fedkit.errors import ConfigError, LaunchError
+from fedkit.report import Row
+
+TINY_APP = Path(__file__).parent / "fixtures" / "tiny_app"
+
+
+class FakeSuperLink:
+    """Stands where Flower stands: records what it is asked to run and writes one round."""
+
+    configs: list[Mapping[str, Scalar]]
+    fails = False
+
+    def __init__(self, log: Path) -> None:
+        FakeSuperLink.configs = []
+
+    def __enter__(self) -> FakeSuperLink:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def run(
+        self, app_dir: Path, config: Mapping[str, Scalar], run_dir: Path, on_round: Callable[[Row], None]
+    ) -> None:
+        """Pretend to."""
+        self.configs.append(config)
+        if self.fails:
+            raise LaunchError("it broke")
+        row = {"round": 1, "accuracy": 0.5, "uplink-bytes": 10, "downlink-bytes": 10, "fp32-bytes": 40}
+        (run_dir / "rounds.jsonl").write_text(json.dumps(row) + "\n")
+        on_round(row)
+
+
+@pytest.fixture
+def superlink(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSuperLink]:
+    monkeypatch.setattr(cli, "SuperLink", FakeSuperLink)
+    monkeypatch.setattr(FakeSuperLink, "fails", False)
+    monkeypatch.chdir(tmp_path)
+    return FakeSuperLink
+
+
+def plan(*options: str, out: str = "/out") -> list[cli.Arm]:
+    """Return the arms that these options stand for."""
+    arguments = cli.build_parser().parse_args(["run", str(TINY_APP), *options])
+    return cli.plan_arms(arguments, cli.read_app(TINY_APP)[1], Path(out))
+
+
+def test_without_options_the_app_runs_once_as_it_is() -> None:
+    (arm,) = plan()
+    defaults = cli.read_app(TINY_APP)[1]
+    assert arm.config == defaults | {"run-dir": "/out/fedavg-seed0"}
+
+
+def test_arms_are_strategies_times_seeds() -> None:
+    arms = plan("--strategy", "aquila", "--compare", "fedavg", "--seeds", "2", "--run-config", "seed=5")
+    assert [arm.run_dir.name for arm in arms] == [
+        "aquila-seed5",
+        "aquila-seed6",
+        "fedavg-seed5",
+        "fedavg-seed6",
+    ]
+    assert [arm.config["seed"] for arm in arms] == [5, 6, 5, 6]
+
+
+def test_a_strategy_compared_with_itself_runs_once() -> None:
+    assert len(plan("--compare", "fedavg")) == 1
+
+
+def test_options_are_run_config_keys() -> None:
+    (arm,) = plan("--drop", "0.5", "--rounds", "7", "--run-config", "num-clients=4", "round-seconds=1")
+    assert [arm.config[key] for key in ("drop", "num-rounds", "num-clients")] == [0.5, 7, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run-config", "num-round=3"], "'num-rounds'"),
+        (["--run-config", "num-rounds='3'"], "expected int, got '3'"),
+        (["--run-config", "seed=true"], "expected int, got True"),
+        (["--run-config", "run-dir='x'"], "--out"),
+        (["--rounds", "0"], "num-rounds"),
+        (["--drop", "1"], "drop"),
+        (["--seeds", "0"], "--seeds"),
+    ],
+)
+def test_what_can_never_work_is_refused(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(*options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "expected the directory of a Flower App"),
+        ("[project]\nname = 'x'\n", "does not describe a Flower App"),
+        ("= 3", "does not describe a Flower App"),
+        ("project.name = 'x'\n[tool.flwr.app.config]\nrun-dir = ''\n", "lacks 'strategy'"),
+    ],
+)
+def test_what_is_no_app_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "pyproject.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        cli.read_app(tmp_path)
+
+
+def test_nested_tables_have_dotted_keys(tmp_path: Path) -> None:
+    keys = "".join(f"{key} = 1\n" for key in cli.DRIVEN_KEYS)
+    text = f"project.name = 'x'\n[tool.flwr.app.config]\n{keys}[tool.flwr.app.config.lora]\nr = 4\n"
+    (tmp_path / "pyproject.toml").write_text(text)
+    assert cli.read_app(tmp_path)[1]["lora.r"] == 4
+
+
+def test_a_run_leaves_its_records(superlink: type[FakeSuperLink], tmp_path: Path) -> None:
+    assert cli.main(["run", str(TINY_APP), "--compare", "fedprox", "--out", "out"]) == 0
+    record = json.loads((tmp_path / "out/fedprox-seed0/run.json").read_text())
+    assert record["status"] == "completed"
+    assert record["run-config"] == superlink.configs[1]
+    assert record["versions"].keys() == {"fedkit", "flwr", "python"}
+    assert record["started"] <= record["finished"]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["strategies"]["fedavg"]["times-less-uplink-than-fedprox"] == 1
+
+
+def test_the_default_out_names_the_app(superlink: type[FakeSuperLink], tmp_path: Path) -> None:
+    assert cli.main(["run", str(TINY_APP)]) == 0
+    (out,) = (tmp_path / "fedkit-runs").iterdir()
+    assert out.name.startswith("tiny-app-2")
+
+
+def test_nothing_is_overwritten(superlink: type[FakeSuperLink], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", str(TINY_APP), "--out", "out"]) == 0
+    assert cli.main(["run", str(TINY_APP), "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert "expected a new or an empty directory" in error
+    assert "Traceback" not in error
+
+
+def test_a_failed_run_ends_the_command_with_1(
+    superlink: type[FakeSuperLink],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(FakeSuperLink, "fails", True)
+    assert cli.main(["run", str(TINY_APP), "--seeds", "2", "--out", "out"]) == 1
+    assert capsys.readouterr().err == "fedkit: it broke\n"
+    assert json.loads((tmp_path / "out/fedavg-seed0/run.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "out/fedavg-seed1").exists()

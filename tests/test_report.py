@@ -1,0 +1,145 @@
+"""What a run's record says, without Flower."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from fedkit import report
+from fedkit.report import Row
+
+
+def rounds(accuracies: list[float], uplink: int = 100, fp32: int = 1000) -> list[Row]:
+    """Return a run's rows: round 0, then one round per accuracy."""
+    rows: list[Row] = [{"round": 0, "accuracy": 0.1}]
+    for number, accuracy in enumerate(accuracies, start=1):
+        sent = {"uplink-bytes": uplink, "downlink-bytes": 2 * uplink, "fp32-bytes": fp32}
+        rows.append({"round": number, "accuracy": accuracy, "skips": 1, "seconds": 1.5 * number} | sent)
+    return rows
+
+
+def text_of(table: Table) -> str:
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(table)
+    return console.export_text()
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_rounds_are_read_in_order_and_the_last_record_of_a_round_counts(tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"round": number, "loss": loss}) for number, loss in [(0, 3.0), (2, 1.0), (1, 2.0), (2, 0.5)]
+    ]
+    rows = report.read_rounds(write(tmp_path / "rounds.jsonl", *lines))
+    assert [(row["round"], row["loss"]) for row in rows] == [(0, 3.0), (1, 2.0), (2, 0.5)]
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"round": 2, "acc', '{"round": 2, "acc{"round": 2}', "[1]", "7", "{}", '{"round": "1"}']
+)
+def test_a_line_that_is_no_record_is_skipped(tmp_path: Path, torn: str) -> None:
+    assert [row["round"] for row in report.read_rounds(write(tmp_path / "r", '{"round": 1}', torn))] == [1]
+
+
+def test_a_record_torn_inside_a_character_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    path.write_bytes('{"round": 1}\n{"round": 2, "note": "é'.encode()[:-1])
+    assert [row["round"] for row in report.read_rounds(path)] == [1]
+
+
+def test_no_file_means_no_rounds_yet(tmp_path: Path) -> None:
+    assert report.read_rounds(tmp_path / "absent") == []
+
+
+def test_the_follower_reports_each_round_once(tmp_path: Path) -> None:
+    seen: list[int] = []
+    path = tmp_path / "rounds.jsonl"
+    follower = report.RoundsFollower(path, lambda row: seen.append(row["round"]))
+    follower.report()
+    for text in ('{"round": 0}\n{"rou', 'nd": 1}\n', "", '{"round": 2}\n'):
+        with path.open("a") as file:
+            file.write(text)
+        follower.report()
+    assert seen == [0, 1, 2]
+
+
+def test_final_accuracy_is_the_mean_of_the_last_three_without_round_0() -> None:
+    assert report.final_accuracy(rounds([0.2, 0.5, 0.6, 0.7])) == pytest.approx(0.6)
+    assert report.final_accuracy(rounds([0.4])) == pytest.approx(0.4)
+    assert report.final_accuracy([{"round": 0, "accuracy": 0.1}, {"round": 1}]) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1536, "1.54 kB"), (123_456_789, "123 MB"), (5e10, "50 GB")],
+)
+def test_bytes_are_shown_in_decimal_units(count: float, text: str) -> None:
+    assert report.format_bytes(count) == text
+
+
+@pytest.mark.parametrize("length", [0, 1, 25, 26, 50, 51, 1000])
+def test_a_long_table_is_thinned_out_and_keeps_its_ends(length: int) -> None:
+    rows: list[Row] = [{"round": number} for number in range(length)]
+    kept = report.thin_out(rows)
+    assert len(kept) <= report.MAX_ROWS + 1
+    assert kept[:1] == rows[:1]
+    assert kept[-1:] == rows[-1:]
+    assert length > report.MAX_ROWS or kept == rows
+
+
+def test_the_table_shows_savings_that_add_up_over_the_rounds_left_out() -> None:
+    rows = rounds([0.5] * 60)
+    rows[1] = {**rows[1], "uplink-bytes": 1000}
+    last = text_of(report.round_table(rows, "arm")).rstrip().splitlines()[-2]
+    assert f"{60 * 1000 / (59 * 100 + 1000):.1f}x" in last
+
+
+def test_missing_optional_keys_read_as_nothing() -> None:
+    rows: list[Row] = [{"round": 0}, {"round": 1}]
+    assert "-" in text_of(report.round_table(rows, "arm"))
+    assert "accuracy -" in report.totals_line(rows)
+    assert report.totals_line([])
+
+
+def test_rejected_replies_get_a_column_only_if_there_were_any() -> None:
+    rows = rounds([0.5])
+    assert "rejected" not in text_of(report.round_table(rows, "arm"))
+    assert "rejected" in text_of(report.round_table([*rows, {"round": 2, "rejected": 1}], "arm"))
+
+
+def test_the_summary_compares_means_over_seeds() -> None:
+    summary = report.summarise(
+        {"aquila": [rounds([0.5]), rounds([0.7])], "fedavg": [rounds([0.8], 1000), rounds([0.8], 1400)]},
+        "fedavg",
+    )
+    aquila = summary["strategies"]["aquila"]
+    assert aquila["seeds"] == 2
+    assert aquila["accuracy-mean"] == pytest.approx(0.6)
+    assert aquila["accuracy-std"] == pytest.approx(0.1 * 2**0.5)  # the sample's, not the population's
+    assert (aquila["uplink-bytes"], aquila["downlink-bytes"]) == (100, 200)
+    assert aquila["times-less-uplink-than-fp32"] == pytest.approx(10)
+    assert aquila["times-less-uplink-than-fedavg"] == pytest.approx(12)
+    assert summary["strategies"]["fedavg"]["times-less-uplink-than-fedavg"] == 1
+    assert json.loads(json.dumps(summary)) == summary
+    assert "0.6000 ± 0.1414" in text_of(report.summary_table(summary))
+
+
+def test_one_seed_has_no_deviation_and_a_silent_run_no_ratio() -> None:
+    summary = report.summarise({"silent": [[{"round": 0}, {"round": 1}]]})
+    row = summary["strategies"]["silent"]
+    assert row["accuracy-std"] is row["accuracy-mean"] is row["times-less-uplink-than-fp32"] is None
+    assert "silent" in text_of(report.summary_table(summary))
+
+
+def test_the_log_tail_is_the_last_traceback_without_colours(tmp_path: Path) -> None:
+    log = write(tmp_path / "log", "Traceback (a)", "first", "Traceback (b)", "\x1b[91mlast\x1b[0m", "")
+    assert report.log_tail(log) == "Traceback (b)\nlast"
+    assert report.log_tail(write(tmp_path / "log", *map(str, range(100))), 2) == "98\n99"
