@@ -31,7 +31,7 @@ from .base import UpdateMod
 
 
 class AquilaMod(UpdateMod):
-    """Turns the app's reply into a quantized innovation, or a skip. The server needs `fedkit.strategies.Aquila`."""
+    """Turns the reply into a quantized innovation, or a skip. The server needs `fedkit.strategies.Aquila`."""
 
     scheme: ClassVar[str] = "aquila"
 

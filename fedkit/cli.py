@@ -94,12 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> None:
     """Carry out `fedkit run`: check everything, then run every arm, then compare.
 
-    Raises
-    ------
-    ConfigError
-        For an option that can never work, before anything starts.
-    LaunchError
-        If a run fails; the arms after it are not run.
+    Raises ConfigError before anything starts, LaunchError for the first run that fails.
     """
     app, defaults = read_app(arguments.app_dir)
     out = arguments.out or Path("fedkit-runs", f"{app}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -133,10 +133,11 @@ def news(rows: Sequence[Row]) -> str:
 
 def round_table(rows: Sequence[Row], title: str) -> Table:
     """Return the table of a run: bytes and counts of each round, and the saving up to it."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = "so far: uplink up to this round, and how many times less that is than in fp32"
     counts = ["skips", "missing", *(["rejected"] if total(rows, "rejected") else [])]
-    for name in ("round", "accuracy", "uplink", "downlink", *counts, "uplink so far", "less than fp32"):
-        table.add_column(name, justify="right")
+    for name in ("round", "accuracy", "uplink", "downlink", *counts, "so far", "vs fp32"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in thin_out(rows):
         so_far = [each for each in rows if each["round"] <= row["round"]]
         sent = total(so_far, "uplink-bytes")
@@ -207,11 +208,12 @@ def summarise(runs: Mapping[str, Sequence[Sequence[Row]]], compare: str | None =
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Return `summarise`'s result side by side, one row per strategy."""
     compare = summary["compare"]
-    table = Table(title="Summary: mean over seeds", title_justify="left")
-    table.add_column("strategy")
+    table = Table(title="Summary, mean over seeds", title_justify="left", caption_justify="left")
+    table.caption = "vs: how many times less uplink"
+    table.add_column("strategy", no_wrap=True)
     others = ["fp32", *([compare] if compare else [])]
-    for name in ("seeds", "accuracy", "uplink", "downlink", *(f"uplink less than {name}" for name in others)):
-        table.add_column(name, justify="right")
+    for name in ("seeds", "accuracy", "uplink", "downlink", *(f"vs {name}" for name in others)):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, row in summary["strategies"].items():
         table.add_row(
             name,

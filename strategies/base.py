@@ -23,18 +23,19 @@ from fedkit.codec.wire import Codec, decode, encode_snapshot
 from fedkit.config import Scalar
 from fedkit.errors import FedkitError, QuorumError, ReplyError
 from fedkit.ledger import Ledger
-from fedkit.memory import GENESIS, chain
+from fedkit.memory import GENESIS
 from fedkit.message import (
     Instructions,
     Report,
     frame_record,
     from_arrays,
     read_frame,
-    read_report,
     to_arrays,
     write_instructions,
 )
 from fedkit.rounds import RoundGrid
+
+from .replies import Registry, mean_metrics, metrics_of, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +94,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
         self.aggregator, self.codec, self.seed, self.node_timeout = aggregator, codec, seed, node_timeout
         self.ledger = Ledger()
         self.state: S | None = None
-        self.accepted: dict[str, bytes] = {}  # client id -> digest of the uploads taken from it
-        self._client_ids: dict[int, str] = {}  # node id -> client id, known once a node has answered
+        self.registry = Registry()
         self._params: NamedArrays = {}
         self._cohort = Cohort(0, {})
 
@@ -136,7 +136,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the new arrays and the mean of the clients' metrics; (None, None) if nobody answered."""
-        judged = sorted(self._judge(replies), key=lambda item: item[0].client_id)
+        judged = self._judge(replies)
         if not judged or self.state is None:
             return None, None
         contents: list[RecordDict] = []
@@ -161,7 +161,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
         contents = []
         for reply in replies:
             try:
-                _content_of(reply), _weight_of(reply, self.weighted_by_key)
+                weight_of(reply, self.weighted_by_key)
             except ReplyError as error:
                 logger.warning("node %d, evaluation: %s", reply.metadata.src_node_id, error)
             else:
@@ -182,7 +182,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
                     f"got {len(node_ids)}. Start more SuperNodes, or lower min_available_nodes."
                 )
             time.sleep(min(1.0, self.node_timeout))
-        node_ids.sort(key=lambda node_id: (self._client_ids.get(node_id, ""), node_id))
+        node_ids.sort(key=self.registry.order)
         size = max(int(len(node_ids) * fraction), minimum)
         chosen = set(random.Random(f"{self.seed}/{server_round}").sample(node_ids, size))
         return [node_id for node_id in node_ids if node_id in chosen]
@@ -198,32 +198,26 @@ class UpdateStrategy(FedAvg, Generic[S]):
             frame = frames.setdefault(id(arrays), b"") or encode_snapshot(arrays)
             frames[id(arrays)] = frame
             own = ConfigRecord(dict(config))
-            accepted = self.accepted.get(self._client_ids.get(node_id, ""), GENESIS)
+            accepted = self.registry.accepted_from(node_id)
             write_instructions(own, Instructions(self.scheme, server_round, self.codec, accepted, options))
             content = RecordDict({self.arrayrecord_key: frame_record(frame), self.configrecord_key: own})
             messages.append(Message(content, dst_node_id=node_id, message_type=kind))
         return messages
 
     def _judge(self, replies: Iterable[Message]) -> list[tuple[Report, Message]]:
-        """Return the replies that can be used, with their reports; refuse the others, one by one."""
+        """Return the replies that can be used, with their reports, by client id; refuse the others."""
         judged: dict[str, tuple[Report, Message]] = {}
         for reply in replies:
-            node_id = reply.metadata.src_node_id
             try:
-                content = _content_of(reply)
-                report = read_report(content)
-                _weight_of(reply, self.weighted_by_key)
-                if node_id not in self._cohort.sent:
-                    raise ReplyError("it was not asked.")
+                report = self.registry.read(reply, self._cohort.sent)
+                weight_of(reply, self.weighted_by_key)
                 if report.client_id in judged:
                     raise ReplyError(f"another node answered as client {report.client_id!r} already.")
-                if report.base not in (GENESIS, self.accepted.get(report.client_id, GENESIS)):
-                    raise ReplyError("its upload adds to a history that the server does not have.")
             except ReplyError as error:
-                self._refuse(node_id, error, counted=reply.has_error())
+                self._refuse(reply.metadata.src_node_id, error, counted=reply.has_error())
             else:
                 judged[report.client_id] = report, reply
-        return list(judged.values())
+        return [judged[name] for name in sorted(judged)]
 
     def _uploads(self, judged: Sequence[tuple[Report, Message]], contents: list[RecordDict]) -> Iterator[Upload]:
         """Yield the uploads, decoded one at a time, and collect the contents of those that were accepted."""
@@ -237,18 +231,16 @@ class UpdateStrategy(FedAvg, Generic[S]):
             except FedkitError as error:
                 self._refuse(node_id, error)
                 continue
-            self._client_ids[node_id] = report.client_id
-            if arrays is not None:
-                self.accepted[report.client_id] = chain(report.base, frame)
+            self.registry.accept(node_id, report, frame)
             self.ledger.note(self._cohort.server_round, skips=int(report.skipped))
             contents.append(content)
             yield Upload(
                 node_id=node_id,
                 client_id=report.client_id,
-                num_examples=_weight_of(reply, self.weighted_by_key),
+                num_examples=weight_of(reply, self.weighted_by_key),
                 arrays=arrays,
                 fresh=report.base == GENESIS,
-                metrics=_metrics_of(content),
+                metrics=metrics_of(content),
                 wire_bytes=len(frame),
             )
 
@@ -256,35 +248,3 @@ class UpdateStrategy(FedAvg, Generic[S]):
         logger.warning("round %d, node %d: reply refused: %s", self._cohort.server_round, node_id, error)
         if not counted:  # an error reply was counted by the grid
             self.ledger.note(self._cohort.server_round, rejected=1, replies=-1)
-
-
-def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
-    """Return the mean of each metric over the replies that have it, weighted by `weighted_by_key`."""
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    for content in contents:
-        metrics = _metrics_of(content)
-        weight = metrics.pop(weighted_by_key)
-        for key, value in metrics.items():
-            sums[key] = sums.get(key, 0.0) + weight * value
-            weights[key] = weights.get(key, 0.0) + weight
-    return MetricRecord({key: value / weights[key] for key, value in sums.items()})
-
-
-def _content_of(reply: Message) -> RecordDict:
-    if reply.has_error():
-        raise ReplyError(f"it answered with an error: {reply.error.reason}")
-    return reply.content
-
-
-def _metrics_of(content: RecordDict) -> dict[str, float]:
-    """Return the scalar metrics of a reply; lists are the business of a metrics function of the user's."""
-    metrics = [item for record in content.metric_records.values() for item in record.items()]
-    return {key: float(value) for key, value in metrics if isinstance(value, int | float)}
-
-
-def _weight_of(reply: Message, key: str) -> float:
-    weight = _metrics_of(reply.content).get(key, 0.0)
-    if not 0 < weight < float("inf"):
-        raise ReplyError(f"its metric {key!r} must be above 0, got {weight}. Does the app report it?")
-    return weight

@@ -1,8 +1,12 @@
 """Fixtures shared by all tests."""
 
+import logging
+
 import pytest
 
 from fedkit.flower import task_identity
+
+logging.getLogger("flwr").setLevel(logging.WARNING)  # a hundred lines per round slow hypothesis down
 
 
 @pytest.fixture(autouse=True)

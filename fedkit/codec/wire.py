@@ -103,8 +103,8 @@ def decode_masked(
     header = read_header(data)
     if header.digest != schema_digest(like):
         raise SchemaMismatchError(
-            f"the frame holds {header.count} values of other names or shapes than the {num_values(like)} expected. "
-            "Does this node use another LoRA rank?"
+            f"the frame holds {header.count} values of other names or shapes than the {num_values(like)} expected."
+            " Does this node use another LoRA rank?"
         )
     body = _Reader(memoryview(data)[_HEADER.size + header.schema_size :])
     mask = _read_mask(body, like) if header.flags & MASKED else None

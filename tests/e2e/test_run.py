@@ -36,14 +36,7 @@ def test_two_runs_side_by_side_one_completes_and_one_is_terminated(tmp_path: Pat
     done = start(tmp_path / "done", marks[0])
     ended = start(tmp_path / "ended", marks[1], "--run-config", "round-seconds=60.0")
     try:
-        output, error = done.communicate(timeout=90)
-        assert done.returncode == 0, error
-        assert "round 2/2" in output
-        record = json.loads((tmp_path / "done/fedavg-seed0/run.json").read_text())
-        assert record["status"] == "completed"
-        assert "ROUND 2/2" in (tmp_path / "done/fedavg-seed0/flower.log").read_text()
-
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not (tmp_path / "ended/fedavg-seed0/rounds.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
         ended.send_signal(signal.SIGTERM)
@@ -51,6 +44,13 @@ def test_two_runs_side_by_side_one_completes_and_one_is_terminated(tmp_path: Pat
         assert ended.returncode == 128 + signal.SIGTERM
         record = json.loads((tmp_path / "ended/fedavg-seed0/run.json").read_text())
         assert record["status"] == "interrupted"
+
+        output, error = done.communicate(timeout=90)
+        assert done.returncode == 0, error
+        assert "round 2/2" in output
+        record = json.loads((tmp_path / "done/fedavg-seed0/run.json").read_text())
+        assert record["status"] == "completed"
+        assert "ROUND 2/2" in (tmp_path / "done/fedavg-seed0/flower.log").read_text()
     finally:
         done.kill()
         ended.kill()

@@ -146,6 +146,18 @@ def partition(labels: NDArray[np.int64], *, num_clients: int, alpha: float, seed
     )
 
 
+def load_partition(config: Config, partition_id: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the training images and labels of one client."""
+    images, labels, _, _ = load_split()
+    parts = partition(labels, num_clients=config.num_clients, alpha=config.dirichlet_alpha, seed=config.seed)
+    return images[parts[partition_id]], labels[parts[partition_id]]
+
+
+def local_seed(config: Config, server_round: int, partition_id: int) -> int:
+    """Return the seed of one client's training in one round: another for each, the same when run again."""
+    return int(np.random.SeedSequence((config.seed, server_round, partition_id)).generate_state(1)[0])
+
+
 def to_pixel_values(images: NDArray[np.float32]) -> torch.Tensor:
     """Return the model's input for images in [0, 1]: one channel, centred to [-1, 1]."""
     import torch

@@ -1,0 +1,85 @@
+"""Judging replies one by one: who sent it, what it adds to, what it weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from flwr.app import Message, MetricRecord, RecordDict
+
+from fedkit.errors import ReplyError
+from fedkit.memory import GENESIS, chain
+from fedkit.message import Report, read_report
+
+
+class Registry:
+    """Which node is which client, and the digest of what was accepted from each."""
+
+    def __init__(self) -> None:
+        self.accepted: dict[str, bytes] = {}  # by client id
+        self._client_ids: dict[int, str] = {}  # by node id; known once a node has answered
+
+    def order(self, node_id: int) -> tuple[str, int]:
+        """Return a sort key: by client, since node ids are random."""
+        return self._client_ids.get(node_id, ""), node_id
+
+    def accepted_from(self, node_id: int) -> bytes:
+        """Return the digest that this node must be told."""
+        return self.accepted.get(self._client_ids.get(node_id, ""), GENESIS)
+
+    def read(self, reply: Message, asked: Collection[int]) -> Report:
+        """Return the report of a reply to a message of this round.
+
+        Raises
+        ------
+        ReplyError
+            If the node was not asked, is not the client it says, or adds to a history unknown here.
+        """
+        node_id, report = reply.metadata.src_node_id, read_report(content_of(reply))
+        if node_id not in asked:
+            raise ReplyError("it was not asked.")
+        owners = {n for n, name in self._client_ids.items() if name == report.client_id and n in asked}
+        if owners - {node_id}:
+            raise ReplyError(f"another node of this round is client {report.client_id!r} already.")
+        if report.base not in (GENESIS, self.accepted.get(report.client_id, GENESIS)):
+            raise ReplyError("its upload adds to a history that the server does not have.")
+        return report
+
+    def accept(self, node_id: int, report: Report, frame: bytes) -> None:
+        """Take note that an upload, or a skip, was accepted."""
+        self._client_ids[node_id] = report.client_id
+        if not report.skipped:
+            self.accepted[report.client_id] = chain(report.base, frame)
+
+
+def content_of(reply: Message) -> RecordDict:
+    """Return what a reply holds; raises ReplyError if it is an error."""
+    if reply.has_error():
+        raise ReplyError(f"it answered with an error: {reply.error.reason}")
+    return reply.content
+
+
+def metrics_of(content: RecordDict) -> dict[str, float]:
+    """Return the scalar metrics of a reply; lists are the business of a metrics function of the user's."""
+    metrics = [item for record in content.metric_records.values() for item in record.items()]
+    return {key: float(value) for key, value in metrics if isinstance(value, int | float)}
+
+
+def weight_of(reply: Message, key: str) -> float:
+    """Return what a reply weighs; raises ReplyError unless it is above 0 and finite."""
+    weight = metrics_of(content_of(reply)).get(key, 0.0)
+    if not 0 < weight < float("inf"):
+        raise ReplyError(f"its metric {key!r} must be above 0, got {weight}. Does the app report it?")
+    return weight
+
+
+def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Return the mean of each metric over the replies that have it, weighted by `weighted_by_key`."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for content in contents:
+        metrics = metrics_of(content)
+        weight = metrics.pop(weighted_by_key)
+        for key, value in metrics.items():
+            sums[key] = sums.get(key, 0.0) + weight * value
+            weights[key] = weights.get(key, 0.0) + weight
+    return MetricRecord({key: value / weights[key] for key, value in sums.items()})
