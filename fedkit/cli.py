@@ -27,10 +27,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from fedkit.config import RunConfig, Scalar, check_keys, parse, parse_overrides
+from fedkit.config import RunConfig, Scalar, as_type, check_keys, parse, parse_overrides
 from fedkit.errors import ConfigError, FedkitError
 from fedkit.launch import SuperLink
 from fedkit.report import Row, news, read_rounds, round_table, summarise, summary_table, totals_line
+from fedkit.strategies import STRATEGIES
 
 DRIVEN_KEYS = ("run-dir", "strategy", "seed", "num-rounds", "num-clients")  # what `fedkit run` sets or reads
 
@@ -163,16 +164,15 @@ def plan_arms(arguments: argparse.Namespace, defaults: Mapping[str, Scalar], out
     check_keys(given, defaults)
     if "run-dir" in given:
         raise ConfigError("run-config key 'run-dir' is set by `fedkit run`. Use --out.")
-    for key, value in given.items():
-        expected = type(defaults[key])
-        if type(value) is not expected and (expected, type(value)) != (float, int):
-            raise ConfigError(f"run-config key {key!r}: expected {expected.__name__}, got {value!r}.")
+    given = {key: as_type(key, value, type(defaults[key])) for key, value in given.items()}
     if arguments.seeds < 1:
         raise ConfigError(f"--seeds: expected at least 1, got {arguments.seeds}.")
     config = {**defaults, **given}
     common = {field.name.replace("_", "-") for field in dataclasses.fields(RunConfig)}
     parse(RunConfig, {key: value for key, value in config.items() if key in common})
     strategies = dict.fromkeys([str(config["strategy"]), *([arguments.compare] if arguments.compare else [])])
+    if defaults["strategy"] in STRATEGIES:  # else the app has names of its own
+        check_keys(strategies, STRATEGIES, what="strategy")
     seeds = range(int(config["seed"]), int(config["seed"]) + arguments.seeds)
     return [
         Arm({**config, "strategy": name, "seed": seed, "run-dir": str(out / f"{name}-seed{seed}")})

@@ -52,7 +52,7 @@ def parse(cls: type[T], run_config: Mapping[str, Scalar]) -> T:
     fields = {field.name.replace("_", "-"): field.name for field in dataclasses.fields(cls)}
     check_keys(run_config, fields)
     values: dict[str, Any] = {
-        fields[key]: _as_type(key, value, types[fields[key]]) for key, value in run_config.items()
+        fields[key]: as_type(key, value, types[fields[key]]) for key, value in run_config.items()
     }
     return cls(**values)
 
@@ -109,7 +109,8 @@ def _split_pairs(text: str) -> list[str]:
     return [pair for pair in pairs if pair]
 
 
-def _as_type(key: str, value: Scalar, expected: type) -> Scalar:
+def as_type(key: str, value: Scalar, expected: type) -> Scalar:
+    """Return a value of the expected type, an int as a float where that is expected; else raise ConfigError."""
     if expected is float and type(value) is int:
         return float(value)
     if type(value) is not expected:

@@ -2,6 +2,6 @@
 
 from .aquila import Aquila
 from .base import UpdateStrategy
-from .build import build
+from .build import STRATEGIES, build
 
-__all__ = ["Aquila", "UpdateStrategy", "build"]
+__all__ = ["STRATEGIES", "Aquila", "UpdateStrategy", "build"]

@@ -4,11 +4,11 @@ import ast
 import sys
 from pathlib import Path
 
-import fedkit.clients
-import fedkit.strategies
 import pytest
 
 import fedkit
+import fedkit.clients
+import fedkit.strategies
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"strategies": "fedkit.strategies", "clients": "fedkit.clients", "fedkit": "fedkit"}

@@ -19,7 +19,7 @@ def test_kebab_case_keys_become_typed_fields():
 
 
 def test_an_unknown_key_names_the_nearest_known_one():
-    with pytest.raises(ConfigError, match="'lerning-rate'.*'learning-rate'"):
+    with pytest.raises(ConfigError, match=r"'lerning-rate'.*'learning-rate'"):
         parse(Config, {"lerning-rate": 0.1})
 
 

@@ -2,19 +2,19 @@
 
 import numpy as np
 import pytest
-from fedkit.clients import AquilaMod
-from fedkit.strategies import Aquila
 from flwr.app import RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedkit.aggregation.lazy import LazyMean
 from fedkit.arrays import zeros_like
+from fedkit.clients import AquilaMod
 from fedkit.codec.quantize import ZeroMidTread
 from fedkit.codec.wire import Codec, decode
 from fedkit.faults import Faults
 from fedkit.memory import GENESIS, ClientMemory, chain
 from fedkit.rounds import RoundGrid
+from fedkit.strategies import Aquila
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import LIKE, client_app, initial, optimum, targets
 

@@ -4,16 +4,16 @@ import json
 
 import numpy as np
 import pytest
-from fedkit.clients import AquilaMod
-from fedkit.strategies import Aquila
 from flwr.app import MetricRecord
 from flwr.serverapp.strategy import FedAvg
 
+from fedkit.clients import AquilaMod
 from fedkit.errors import ConfigError
 from fedkit.faults import Faults
 from fedkit.flower import deflate, object_bytes
 from fedkit.ledger import Ledger
 from fedkit.rounds import RoundGrid
+from fedkit.strategies import Aquila
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import client_app, initial, targets
 

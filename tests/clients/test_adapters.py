@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fedkit.clients.adapters import get_adapter, set_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from fedkit.clients.adapters import get_adapter, set_adapter
 from fedkit.errors import SchemaMismatchError
 
 

@@ -6,6 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
 from fedkit.clients.adapters import get_adapter
 from fedkit.clients.rm_lora import (
     RMLoraConfig,
@@ -15,9 +18,6 @@ from fedkit.clients.rm_lora import (
     orthogonality_penalty,
     train_rm_lora,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
-
 from fedkit.errors import ConfigError
 
 R = 4

@@ -180,3 +180,16 @@ def _reseal(frame: bytes) -> bytes:
     """Return the frame with a valid checksum, as a hostile sender would."""
     checksum = zlib.crc32(frame[25:], zlib.crc32(frame[:21]))
     return frame[:21] + checksum.to_bytes(4, "little") + frame[25:]
+
+
+def test_the_example_of_the_specification_is_true():
+    text = (Path(__file__).parents[2] / "fedkit" / "codec" / "WIRE.md").read_text()
+    frame = bytes.fromhex(text.split("```hex\n")[1].split("```")[0])
+    update = {"a": np.array([1, 9, -1], np.float32), "b": np.array([[0.5]], np.float32)}
+    mask = {"a": np.array([True, False, True]), "b": np.array([[True]])}
+    decoded, kept = decode_masked(frame, like=update)
+    assert decoded["a"].tolist() == [1.0, 0.0, -1.0]
+    assert decoded["b"].tolist() == [[0.5]]
+    assert kept is not None
+    assert kept["a"].tolist() == [True, False, True]
+    assert Codec(ZeroMidTread(2, 2)).encode(update, mask=mask) == frame

@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,37 +32,38 @@ def start(out: Path, mark: str, *options: str) -> subprocess.Popen[str]:
     )
 
 
-def test_two_runs_side_by_side_one_completes_and_one_is_terminated(tmp_path: Path) -> None:
-    marks = [f"FEDKIT_TEST={uuid.uuid4()}" for _ in range(2)]
-    done = start(tmp_path / "done", marks[0])
-    ended = start(tmp_path / "ended", marks[1], "--run-config", "round-seconds=60.0")
+def record(out: Path) -> dict[str, Any]:
+    """Return the `run.json` of a command's only arm."""
+    content: dict[str, Any] = json.loads((out / "fedavg-seed0/run.json").read_text())
+    return content
+
+
+def test_of_three_runs_side_by_side_one_completes_one_fails_and_one_is_terminated(tmp_path: Path) -> None:
+    options = {"done": "seed=0", "failed": "fail-in-round=1", "ended": "round-seconds=60.0"}
+    marks = {name: f"FEDKIT_TEST={uuid.uuid4()}" for name in options}
+    runs = {name: start(tmp_path / name, marks[name], "--run-config", options[name]) for name in options}
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 90
         while not (tmp_path / "ended/fedavg-seed0/rounds.jsonl").exists() and time.monotonic() < deadline:
             time.sleep(0.2)
-        ended.send_signal(signal.SIGTERM)
-        ended.communicate(timeout=20)
-        assert ended.returncode == 128 + signal.SIGTERM
-        record = json.loads((tmp_path / "ended/fedavg-seed0/run.json").read_text())
-        assert record["status"] == "interrupted"
+        runs["ended"].send_signal(signal.SIGTERM)  # in the middle of its first round, or of Ray's start
+        runs["ended"].communicate(timeout=20)
+        assert runs["ended"].returncode == 128 + signal.SIGTERM
+        assert record(tmp_path / "ended")["status"] == "interrupted"
 
-        output, error = done.communicate(timeout=90)
-        assert done.returncode == 0, error
+        output, error = runs["done"].communicate(timeout=120)
+        assert runs["done"].returncode == 0, error
         assert "round 2/2" in output
-        record = json.loads((tmp_path / "done/fedavg-seed0/run.json").read_text())
-        assert record["status"] == "completed"
+        assert record(tmp_path / "done")["status"] == "completed"
         assert "ROUND 2/2" in (tmp_path / "done/fedavg-seed0/flower.log").read_text()
+
+        _, error = runs["failed"].communicate(timeout=120)
+        assert runs["failed"].returncode == 1
+        assert "RuntimeError: the tiny app was told to fail" in error
+        assert str(tmp_path / "failed/fedavg-seed0/flower.log") in error
+        assert record(tmp_path / "failed")["status"] == "failed"
     finally:
-        done.kill()
-        ended.kill()
-    assert [list(processes_with(mark)) for mark in marks] == [[], []]
-
-
-def test_a_failing_app_ends_with_its_traceback(tmp_path: Path) -> None:
-    mark = f"FEDKIT_TEST={uuid.uuid4()}"
-    failing = start(tmp_path / "out", mark, "--run-config", "fail-in-round=1")
-    _, error = failing.communicate(timeout=90)
-    assert failing.returncode == 1
-    assert "RuntimeError: the tiny app was told to fail" in error
-    assert str(tmp_path / "out/fedavg-seed0/flower.log") in error
-    assert not list(processes_with(mark))
+        for run in runs.values():
+            run.terminate()
+            run.wait()
+    assert {name: list(processes_with(mark)) for name, mark in marks.items()} == {name: [] for name in marks}

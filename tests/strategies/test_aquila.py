@@ -4,16 +4,16 @@ import logging
 
 import numpy as np
 import pytest
-from fedkit.clients import AquilaMod
-from fedkit.strategies import Aquila
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from fedkit.clients import AquilaMod
 from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread, dequantize
 from fedkit.errors import ConfigError, QuorumError
 from fedkit.message import FRAME, STYPE, to_arrays
 from fedkit.rounds import RoundGrid
+from fedkit.strategies import Aquila
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import LIKE, client_app, initial, targets
 

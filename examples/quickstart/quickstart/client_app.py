@@ -1,9 +1,9 @@
 """One client: receive the adapter, train it on the own images, reply."""
 
-from fedkit.clients import AquilaMod
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedkit.clients import AquilaMod
 from fedkit.config import parse
 from fedkit.message import from_arrays, to_arrays
 from quickstart import task
@@ -16,16 +16,17 @@ def train(message: Message, context: Context) -> Message:
     """Return the adapter after `local-epochs` passes over this client's images."""
     # Here rather than above: importing torch takes seconds, which a refused message should not cost.
     import torch
+
     from fedkit.clients.adapters import get_adapter, set_adapter
 
     torch.set_num_threads(1)  # the clients of a simulation share the cores
     config = parse(task.Config, context.run_config)
-    partition_id = int(context.node_config["partition-id"])
-    server_round = int(message.content["config"]["server-round"])
+    partition_id = context.node_config["partition-id"]
+    server_round = message.content.config_records["config"]["server-round"]
 
     images, labels = task.load_partition(config, partition_id)
     model = task.build_model(config)
-    set_adapter(model, to_arrays(message.content["arrays"]))
+    set_adapter(model, to_arrays(message.content.array_records["arrays"]))
     metrics = task.train(model, images, labels, config, seed=task.local_seed(config, server_round, partition_id))
 
     return Message(

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from fedkit.clients.adapters import get_adapter, set_adapter
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
 
+from fedkit.clients.adapters import get_adapter, set_adapter
 from fedkit.config import parse
+from fedkit.faults import Faults
 from fedkit.message import from_arrays, to_arrays
+from fedkit.rounds import RoundGrid
+from fedkit.strategies import build
 from quickstart import task
 
 app = ServerApp()
@@ -25,14 +27,12 @@ def main(grid: Grid, context: Context) -> None:
         set_adapter(model, to_arrays(arrays))
         return MetricRecord(task.evaluate(model, images, labels))
 
-    strategy = FedAvg(
-        fraction_evaluate=0.0, min_train_nodes=config.num_clients, min_available_nodes=config.num_clients
-    )
-    result = strategy.start(
-        grid=grid,
+    rounds = RoundGrid(grid, faults=Faults(drop=config.drop, seed=config.seed))
+    result = build(config).start(
+        grid=rounds,
         initial_arrays=from_arrays(get_adapter(model)),
         num_rounds=config.num_rounds,
-        evaluate_fn=evaluate,
+        evaluate_fn=rounds.ledger.recording(evaluate, to=config.run_dir),
     )
     if config.run_dir:
         set_adapter(model, to_arrays(result.arrays))

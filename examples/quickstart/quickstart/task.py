@@ -8,6 +8,7 @@ this module for every message, also where nothing is trained.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,10 @@ from fedkit.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from fedkit.clients.rm_lora import RMLoraConfig
     from peft import PeftModel
     from transformers import ViTForImageClassification
+
+    from fedkit.clients.rm_lora import RMLoraConfig
 
 ASSET = "vit_8x8.safetensors"
 NUM_CLASSES = 10
@@ -93,6 +95,8 @@ def build_model(config: Config) -> PeftModel:
         if unexpected or any(not name.startswith("classifier.") for name in missing):
             raise ConfigError(f"{ASSET} does not fit this version of transformers: {missing + unexpected}.")
         settings = rm_lora(config)
+        # peft 0.21 asks transformers 5.23 for an attribute that is on its way out.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         return get_peft_model(
             backbone,
             LoraConfig(
@@ -170,8 +174,9 @@ def train(
 ) -> dict[str, float]:
     """Train the adapter of `model` in place with RM-LoRA; return the metrics."""
     import torch
-    from fedkit.clients.rm_lora import train_rm_lora
     from torch.utils.data import DataLoader
+
+    from fedkit.clients.rm_lora import train_rm_lora
 
     pixel_values = to_pixel_values(images)
     examples = [

@@ -1,0 +1,122 @@
+"""Laws of the quickstart's data and model."""
+
+import dataclasses
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from fedkit import assets
+from fedkit.assets import asset_path
+from fedkit.config import parse
+from fedkit.errors import ConfigError, FedkitError
+
+APP = Path(__file__).parents[2] / "examples" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def task() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(APP)
+        yield __import__("quickstart.task").task
+        for name in [name for name in sys.modules if name.partition(".")[0] == "quickstart"]:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def run_config() -> dict[str, object]:
+    return tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+
+
+@pytest.fixture(scope="module")
+def config(task, run_config):
+    return parse(task.Config, run_config)
+
+
+@pytest.fixture(scope="module")
+def labels(task):
+    return task.load_split()[1]
+
+
+def test_run_config_has_exactly_the_fields_of_config(task, run_config) -> None:
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(task.Config)}
+    assert set(run_config) == fields
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_partition_is_disjoint_and_covers_everything(task, labels, seed) -> None:
+    parts = task.partition(labels, num_clients=10, alpha=0.5, seed=seed)
+    assert len(parts) == 10
+    assert sorted(np.concatenate(parts)) == list(range(len(labels)))
+    assert min(map(len, parts)) >= task.MIN_IMAGES
+
+
+def test_partition_depends_on_the_seed_alone(task, labels) -> None:
+    first, again, other = (task.partition(labels, num_clients=10, alpha=0.5, seed=seed) for seed in (0, 0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_smaller_alpha_skews_labels_more(task, labels) -> None:
+    def largest_share(alpha: float) -> float:
+        parts = task.partition(labels, num_clients=10, alpha=alpha, seed=0)
+        return float(np.mean([np.bincount(labels[part]).max() / len(part) for part in parts]))
+
+    assert largest_share(0.5) > 0.25 > largest_share(100.0)
+
+
+def test_partition_that_cannot_exist_is_refused(task, labels) -> None:
+    with pytest.raises(ConfigError, match="dirichlet-alpha"):
+        task.partition(labels, num_clients=200, alpha=0.5, seed=0)
+
+
+def test_split_keeps_500_or_more_test_images_that_nobody_trains_on(task) -> None:
+    images, labels, test_images, test_labels = task.load_split()
+    assert len(images) == len(labels)
+    assert len(test_images) == len(test_labels) >= 500
+    assert len(images) + len(test_images) == 1797
+    assert np.bincount(test_labels).min() >= 50
+    assert 0 <= images.min() <= images.max() == 1
+
+
+def test_local_seed_differs_between_rounds_and_clients(task, config) -> None:
+    seeds = [task.local_seed(config, server_round, node) for server_round in range(20) for node in range(10)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_same_seed_builds_the_same_model_with_a_frozen_backbone(task, config) -> None:
+    from fedkit.clients.adapters import get_adapter
+
+    model, again = task.build_model(config), task.build_model(config)
+    adapter, other = get_adapter(model), get_adapter(again)
+    assert all(np.array_equal(adapter[name], other[name]) for name in adapter)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "classifier" in name for name in trainable)
+    assert 15_000 <= sum(array.size for array in adapter.values()) <= 60_000
+
+
+def test_one_local_training_lowers_the_loss_and_leaves_the_backbone(task, config) -> None:
+    model = task.build_model(config)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    images, labels = task.load_partition(config, 0)
+    before = task.evaluate(model, images, labels)["loss"]
+    metrics = task.train(model, images, labels, config, seed=0)
+    assert task.evaluate(model, images, labels)["loss"] < before
+    assert set(metrics) == {"train-loss", "effective-rank"}
+    assert all((model.get_parameter(name) == value).all() for name, value in frozen.items())
+
+
+def test_weights_have_their_published_digest(task) -> None:
+    path = asset_path(task.ASSET)
+    assert path.stat().st_size <= 2_000_000
+
+
+def test_other_bytes_and_unknown_assets_are_refused(task, monkeypatch) -> None:
+    monkeypatch.setitem(assets.SHA256, task.ASSET, "0" * 64)
+    with pytest.raises(FedkitError, match="SHA-256"):
+        asset_path(task.ASSET)
+    with pytest.raises(FedkitError, match="unknown asset"):
+        asset_path("other.safetensors")
