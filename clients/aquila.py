@@ -25,9 +25,8 @@ from typing import ClassVar
 from fedkit.arrays import NamedArrays, squared_norm, subtract
 from fedkit.codec.wire import decode
 from fedkit.memory import GENESIS, ClientMemory
-from fedkit.message import Instructions
 
-from .base import UpdateMod
+from .base import Coded, Job, UpdateMod
 
 
 class AquilaMod(UpdateMod):
@@ -35,13 +34,16 @@ class AquilaMod(UpdateMod):
 
     scheme: ClassVar[str] = "aquila"
 
-    def upload(self, update: NamedArrays, instructions: Instructions, memory: ClientMemory) -> bytes | None:
-        """Return the innovation as a frame, None if it is too small to be worth it."""
-        innovation = subtract(update, memory.arrays)
+    def code(self, update: NamedArrays, job: Job) -> Coded:
+        """Return the innovation as a frame, or a skip if it is too small to be worth it."""
+        memory = ClientMemory(job.state, self.scheme, like=update)
+        innovation = subtract(update, memory.settle(job.instructions.accepted))
         if squared_norm(innovation) == 0:
-            return None
-        frame = instructions.codec.encode(innovation)
+            return Coded(None, memory.digest)
+        frame = job.instructions.codec.encode(innovation)
         coded = decode(frame, like=update)
         size = squared_norm(coded) + squared_norm(subtract(innovation, coded))
-        too_small = size <= float(instructions.options.get("skip-threshold", 0.0))
-        return None if too_small and memory.digest != GENESIS else frame
+        if size <= float(job.instructions.options["skip-threshold"]) and memory.digest != GENESIS:
+            return Coded(None, memory.digest)
+        memory.stage(frame)
+        return Coded(frame, memory.digest)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from fedkit.arrays import NamedArrays, check_finite, check_same_schema, subtract
 from fedkit.codec.wire import decode_snapshot
+from fedkit.config import Scalar
 from fedkit.errors import FedkitError
 from fedkit.flower import ClientAppCallable, refusal
-from fedkit.memory import ClientMemory
+from fedkit.memory import GENESIS
 from fedkit.message import (
     FEDKIT,
     Instructions,
@@ -27,6 +30,25 @@ from fedkit.message import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One message's work."""
+
+    client_id: str
+    sent: NamedArrays  # as the server sent them
+    instructions: Instructions
+    state: RecordDict  # of the Context: what this client may remember
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """What a mod sends up."""
+
+    frame: bytes | None  # None: skip
+    base: bytes = GENESIS  # digest of the memory that the frame adds to
+    options: Mapping[str, Scalar] = field(default_factory=dict)  # what the strategy must know to decode it
+
+
 class UpdateMod(ABC):
     """The client half of a scheme, as a Flower mod.
 
@@ -37,57 +59,47 @@ class UpdateMod(ABC):
 
     scheme: ClassVar[str]
 
+    def prepare(self, job: Job) -> NamedArrays:
+        """Return the arrays that the app gets; here those that were sent."""
+        return job.sent
+
+    def start_of(self, local: NamedArrays, given: NamedArrays) -> NamedArrays:
+        """Return what the app's arrays are compared with; here those that it was given."""
+        return given
+
+    @abstractmethod
+    def code(self, update: NamedArrays, job: Job) -> Coded:
+        """Return what to send for `update`, which is local − start."""
+
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Return the app's reply with its update coded, or an error reply that says why there is none."""
         if read_scheme(message) != self.scheme:
             return call_next(message, context)
         try:
-            instructions = read_instructions(message)
             sent = decode_snapshot(read_frame(message.content))
-            memory = ClientMemory(context.state, self.scheme, like=sent)
-            _replace_arrays(message.content, sent)
-            if message.metadata.message_type != MessageType.TRAIN:
-                return call_next(message, context)
-            memory.settle(instructions.accepted)
+            job = Job(client_id(context), sent, read_instructions(message), context.state)
+            given = self.prepare(job)
+            (key,) = message.content.array_records
+            message.content[key] = from_arrays(given)
             reply = call_next(message, context)
-            return reply if reply.has_error() else self._coded(reply, sent, instructions, memory, context)
+            if reply.has_content() and message.metadata.message_type == MessageType.TRAIN:
+                self._code_reply(reply.content, given, job)
         except FedkitError as error:
             return refusal(f"{type(error).__name__}: {error}", reply_to=message)
-
-    @abstractmethod
-    def upload(self, update: NamedArrays, instructions: Instructions, memory: ClientMemory) -> bytes | None:
-        """Return the frame to send, None to skip. `memory` is settled."""
-
-    def _coded(
-        self,
-        reply: Message,
-        sent: NamedArrays,
-        instructions: Instructions,
-        memory: ClientMemory,
-        context: Context,
-    ) -> Message:
-        local = _single_arrays(reply.content)
-        check_same_schema(local, like=sent)
-        check_finite(local)
-        frame = self.upload(subtract(local, sent), instructions, memory)
-        (key,) = reply.content.array_records
-        if frame is None:
-            del reply.content[key]
-        else:
-            reply.content[key] = frame_record(frame)
-        reply.content[FEDKIT] = report_record(Report(client_id(context), memory.digest, frame is None))
-        if frame is not None:
-            memory.stage(frame)
         return reply
 
-
-def _replace_arrays(content: RecordDict, arrays: NamedArrays) -> None:
-    (key,) = content.array_records
-    content[key] = from_arrays(arrays)
-
-
-def _single_arrays(content: RecordDict) -> NamedArrays:
-    records = list(content.array_records.values())
-    if len(records) != 1:
-        raise FedkitError(f"the app's reply: expected one ArrayRecord, got {len(records)}.")
-    return to_arrays(records[0])
+    def _code_reply(self, content: RecordDict, given: NamedArrays, job: Job) -> None:
+        """Replace the arrays of the app's reply by a frame, and add the report."""
+        if len(content.array_records) != 1:
+            raise FedkitError(f"the app's reply: expected one ArrayRecord, got {len(content.array_records)}.")
+        ((key, record),) = content.array_records.items()
+        local = to_arrays(record)
+        start = self.start_of(local, given)
+        check_same_schema(local, like=start)
+        check_finite(local)
+        coded = self.code(subtract(local, start), job)
+        if coded.frame is None:
+            del content[key]
+        else:
+            content[key] = frame_record(coded.frame)
+        content[FEDKIT] = report_record(Report(job.client_id, coded.base, coded.frame is None, coded.options))

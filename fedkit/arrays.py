@@ -14,6 +14,9 @@ from fedkit.errors import CodecError, SchemaMismatchError
 NamedArrays: TypeAlias = Mapping[str, NDArray[np.float32]]
 """Names to arrays, in a fixed order. An update is local − received, so applying one adds."""
 
+Mask: TypeAlias = Mapping[str, NDArray[np.bool_]]
+"""Names to boolean arrays: True where the entry is kept."""
+
 
 def zeros_like(like: NamedArrays) -> dict[str, NDArray[np.float32]]:
     """Return zeros with the names and shapes of `like`."""

@@ -60,6 +60,7 @@ class Report:
     client_id: str  # stable name of the client, not Flower's random node id
     base: bytes  # digest of the memory that the upload adds to
     skipped: bool  # asked, answered, chose to send nothing
+    options: Mapping[str, Scalar] = field(default_factory=dict)  # what this scheme alone needs
 
 
 def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:
@@ -97,8 +98,7 @@ def write_instructions(config: ConfigRecord, instructions: Instructions) -> None
     config[SCHEME] = instructions.scheme
     config[CODEC] = _codec_to_text(instructions.codec)
     config[ACCEPTED] = instructions.accepted
-    for key, value in instructions.options.items():
-        config[OPTION_PREFIX + key] = value
+    _write_options(config, instructions.options)
 
 
 def read_scheme(message: Message) -> str | None:
@@ -121,18 +121,15 @@ def read_instructions(message: Message) -> Instructions:
     server_round, accepted = config.get(SERVER_ROUND), config.get(ACCEPTED)
     if not isinstance(server_round, int) or not isinstance(accepted, bytes):
         raise ConfigError(f"the message's {SERVER_ROUND!r} or {ACCEPTED!r} is missing or of a wrong type.")
-    options = {
-        key.removeprefix(OPTION_PREFIX): value
-        for key, value in config.items()
-        if key.startswith(OPTION_PREFIX) and isinstance(value, bool | int | float | str)
-    }
     codec = _codec_from_text(str(config.get(CODEC)))
-    return Instructions(str(config[SCHEME]), server_round, codec, accepted, options)
+    return Instructions(str(config[SCHEME]), server_round, codec, accepted, _read_options(config))
 
 
 def report_record(report: Report) -> ConfigRecord:
     """Return a report as the ConfigRecord ``fedkit`` of a reply."""
-    return ConfigRecord({CLIENT_ID: report.client_id, BASE: report.base, SKIPPED: report.skipped})
+    record = ConfigRecord({CLIENT_ID: report.client_id, BASE: report.base, SKIPPED: report.skipped})
+    _write_options(record, report.options)
+    return record
 
 
 def read_report(content: RecordDict) -> Report:
@@ -149,7 +146,7 @@ def read_report(content: RecordDict) -> Report:
     client_id, base, skipped = record.get(CLIENT_ID), record.get(BASE), record.get(SKIPPED)
     if not (isinstance(client_id, str) and isinstance(base, bytes) and isinstance(skipped, bool)):
         raise ReplyError(f"the report is incomplete: it holds {sorted(record)}.")
-    return Report(client_id, base, skipped)
+    return Report(client_id, base, skipped, _read_options(record))
 
 
 def client_id(context: Context) -> str:
@@ -158,6 +155,19 @@ def client_id(context: Context) -> str:
         if key in context.node_config:
             return str(context.node_config[key])
     return str(context.node_id)
+
+
+def _write_options(config: ConfigRecord, options: Mapping[str, Scalar]) -> None:
+    for key, value in options.items():
+        config[OPTION_PREFIX + key] = value
+
+
+def _read_options(config: ConfigRecord) -> dict[str, Scalar]:
+    return {
+        key.removeprefix(OPTION_PREFIX): value
+        for key, value in config.items()
+        if key.startswith(OPTION_PREFIX) and isinstance(value, bool | int | float | str)
+    }
 
 
 def _config_of(content: RecordDict) -> ConfigRecord | None:

@@ -1,15 +1,13 @@
 """Flower's round in fedkit's words: send frames, judge replies one by one, fold the uploads.
 
 A scheme is a subclass that names itself, its aggregation and its codec, and overrides one or two of the hooks
-`distribute` and `options`. Everything else is here: fresh messages per node, the acknowledgement of uploads,
-errors of single nodes, weights, metrics and the ledger.
+`distribute`, `options` and `expected`. Everything else is here: fresh messages per node, the acknowledgement of
+uploads, errors of single nodes, weights, metrics and the ledger.
 """
 
 from __future__ import annotations
 
 import logging
-import random
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack
 
@@ -18,10 +16,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
 from fedkit.aggregation.protocol import Aggregator, Cohort, Upload
-from fedkit.arrays import NamedArrays, squared_norm
-from fedkit.codec.wire import Codec, decode, encode_snapshot
+from fedkit.arrays import NamedArrays
+from fedkit.codec.wire import Codec, decode_masked, encode_snapshot
 from fedkit.config import Scalar
-from fedkit.errors import FedkitError, QuorumError, ReplyError
+from fedkit.errors import FedkitError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.memory import GENESIS
 from fedkit.message import (
@@ -35,14 +33,13 @@ from fedkit.message import (
 )
 from fedkit.rounds import RoundGrid
 
-from .replies import Registry, mean_metrics, metrics_of, weight_of
+from .replies import Registry, check_norm, mean_metrics, metrics_of, weight_of
+from .sampling import sample_nodes
 
 logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
 MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
-
-MAX_NORM = 1e18  # an upload beyond it is refused: its square would not fit a float32
 
 
 class FedAvgOptions(TypedDict, total=False):
@@ -108,6 +105,10 @@ class UpdateStrategy(FedAvg, Generic[S]):
         """Return what this scheme's mod must be told this round."""
         return {}
 
+    def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
+        """Return arrays with the names and shapes of an upload; here those of what was sent."""
+        return sent
+
     # ---- Flower's round ------------------------------------------------------------------------
 
     def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
@@ -129,7 +130,8 @@ class UpdateStrategy(FedAvg, Generic[S]):
         if self.state is None:
             self.state = self.aggregator.init(self._params)
         node_ids = self._sample(grid, server_round, self.fraction_train, self.min_train_nodes)
-        self._cohort = Cohort(server_round, self.distribute(self._params, node_ids))
+        sent = self.distribute(self._params, node_ids)
+        self._cohort = Cohort(server_round, sent, self.registry.names(node_ids))
         return self._messages(MessageType.TRAIN, server_round, config, self._cohort.sent)
 
     def aggregate_train(
@@ -171,21 +173,15 @@ class UpdateStrategy(FedAvg, Generic[S]):
     # ---- one node at a time --------------------------------------------------------------------
 
     def _sample(self, grid: Grid, server_round: int, fraction: float, minimum: int) -> list[int]:
-        """Return the nodes to ask, in the order of their clients; wait for enough of them, but not for ever."""
-        if fraction == 0:
-            return []
-        needed, deadline = max(self.min_available_nodes, minimum), time.monotonic() + self.node_timeout
-        while len(node_ids := list(grid.get_node_ids())) < needed:
-            if time.monotonic() > deadline:
-                raise QuorumError(
-                    f"round {server_round}: expected {needed} nodes within {self.node_timeout:.0f} s, "
-                    f"got {len(node_ids)}. Start more SuperNodes, or lower min_available_nodes."
-                )
-            time.sleep(min(1.0, self.node_timeout))
-        node_ids.sort(key=self.registry.order)
-        size = max(int(len(node_ids) * fraction), minimum)
-        chosen = set(random.Random(f"{self.seed}/{server_round}").sample(node_ids, size))
-        return [node_id for node_id in node_ids if node_id in chosen]
+        return sample_nodes(
+            grid,
+            fraction=fraction,
+            minimum=minimum,
+            available=self.min_available_nodes,
+            timeout=self.node_timeout,
+            order=self.registry.order,
+            seed=f"{self.seed}/{server_round}",
+        )
 
     def _messages(
         self, kind: str, server_round: int, config: ConfigRecord, sent: Mapping[int, NamedArrays]
@@ -225,9 +221,10 @@ class UpdateStrategy(FedAvg, Generic[S]):
             node_id, content = reply.metadata.src_node_id, reply.content
             try:
                 frame = b"" if report.skipped else read_frame(content)
-                arrays = None if report.skipped else decode(frame, like=self._cohort.sent[node_id])
-                if arrays is not None and not squared_norm(arrays) < MAX_NORM**2:
-                    raise ReplyError(f"its upload is longer than {MAX_NORM:.0e}. Did training diverge?")
+                arrays, mask = None, None
+                if not report.skipped:
+                    arrays, mask = decode_masked(frame, like=self.expected(self._cohort.sent[node_id], report))
+                    check_norm(arrays)
             except FedkitError as error:
                 self._refuse(node_id, error)
                 continue
@@ -239,6 +236,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
                 client_id=report.client_id,
                 num_examples=weight_of(reply, self.weighted_by_key),
                 arrays=arrays,
+                mask=mask,
                 fresh=report.base == GENESIS,
                 metrics=metrics_of(content),
                 wire_bytes=len(frame),

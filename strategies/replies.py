@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Final
 
 from flwr.app import Message, MetricRecord, RecordDict
 
+from fedkit.arrays import NamedArrays, squared_norm
 from fedkit.errors import ReplyError
 from fedkit.memory import GENESIS, chain
 from fedkit.message import Report, read_report
+
+MAX_NORM: Final = 1e18  # the square of more would not fit a float32
 
 
 class Registry:
@@ -44,6 +48,10 @@ class Registry:
             raise ReplyError("its upload adds to a history that the server does not have.")
         return report
 
+    def names(self, node_ids: Collection[int]) -> dict[int, str]:
+        """Return the clients of those nodes that have answered once."""
+        return {node_id: self._client_ids[node_id] for node_id in node_ids if node_id in self._client_ids}
+
     def accept(self, node_id: int, report: Report, frame: bytes) -> None:
         """Take note that an upload, or a skip, was accepted."""
         self._client_ids[node_id] = report.client_id
@@ -70,6 +78,12 @@ def weight_of(reply: Message, key: str) -> float:
     if not 0 < weight < float("inf"):
         raise ReplyError(f"its metric {key!r} must be above 0, got {weight}. Does the app report it?")
     return weight
+
+
+def check_norm(arrays: NamedArrays) -> None:
+    """Raise ReplyError for an upload so long that the new parameters might not be finite."""
+    if not squared_norm(arrays) < MAX_NORM**2:
+        raise ReplyError(f"its upload is longer than {MAX_NORM:.0e}. Did training diverge?")
 
 
 def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:

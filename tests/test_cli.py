@@ -87,8 +87,8 @@ def test_options_are_run_config_keys() -> None:
     ("options", "message"),
     [
         (["--run-config", "num-round=3"], "'num-rounds'"),
-        (["--run-config", "num-rounds='3'"], "expected int, got '3'"),
-        (["--run-config", "seed=true"], "expected int, got True"),
+        (["--run-config", "num-rounds='3'"], "expected int, got str '3'"),
+        (["--run-config", "seed=true"], "expected int, got bool True"),
         (["--run-config", "run-dir='x'"], "--out"),
         (["--rounds", "0"], "num-rounds"),
         (["--drop", "1"], "drop"),
@@ -124,14 +124,14 @@ def test_nested_tables_have_dotted_keys(tmp_path: Path) -> None:
 
 
 def test_a_run_leaves_its_records(superlink: type[FakeSuperLink], tmp_path: Path) -> None:
-    assert cli.main(["run", str(TINY_APP), "--compare", "fedprox", "--out", "out"]) == 0
-    record = json.loads((tmp_path / "out/fedprox-seed0/run.json").read_text())
+    assert cli.main(["run", str(TINY_APP), "--compare", "aquila-published", "--out", "out"]) == 0
+    record = json.loads((tmp_path / "out/aquila-published-seed0/run.json").read_text())
     assert record["status"] == "completed"
     assert record["run-config"] == superlink.configs[1]
     assert record["versions"].keys() == {"fedkit", "flwr", "python"}
     assert record["started"] <= record["finished"]
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["strategies"]["fedavg"]["times-less-uplink-than-fedprox"] == 1
+    assert summary["strategies"]["fedavg"]["times-less-uplink-than-aquila-published"] == 1
 
 
 def test_the_default_out_names_the_app(superlink: type[FakeSuperLink], tmp_path: Path) -> None:

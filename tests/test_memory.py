@@ -140,7 +140,7 @@ def test_lazy_mean_counts_silent_clients_with_what_they_sent_before():
     aggregator, params = LazyMean(), zeros_like(LIKE)
 
     def upload(name, arrays, fresh=False):
-        return Upload(1, name, 10.0, arrays, fresh, {}, 0)
+        return Upload(1, name, 10.0, arrays, None, fresh, {}, 0)
 
     cohort = Cohort(1, {})
     first = aggregator(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from fedkit.arrays import NamedArrays
+from fedkit.arrays import Mask, NamedArrays
 
 S = TypeVar("S")
 
@@ -17,6 +17,7 @@ class Cohort:
 
     server_round: int
     sent: Mapping[int, NamedArrays]  # node id -> arrays
+    client_ids: Mapping[int, str] = field(default_factory=dict)  # of the nodes that answered once
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Upload:
     client_id: str  # stable over restarts, unlike Flower's node id; uploads come in its order
     num_examples: float  # the weight; above 0
     arrays: NamedArrays | None  # what the frame holds; None: chose to skip
+    mask: Mask | None  # which entries were sent; None: all
     fresh: bool  # the arrays replace what the server had from this client, rather than add to it
     metrics: Mapping[str, float]
     wire_bytes: int  # of the frame

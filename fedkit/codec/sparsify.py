@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeAlias
-
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.arrays import NamedArrays
+from fedkit.arrays import Mask, NamedArrays
 from fedkit.errors import SchemaMismatchError
-
-Mask: TypeAlias = Mapping[str, NDArray[np.bool_]]
-"""Names to boolean arrays: True where the entry is kept."""
 
 
 def gather(arrays: NamedArrays, mask: Mask | None) -> list[NDArray[np.float32]]:

@@ -18,10 +18,10 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.arrays import NamedArrays, check_finite, num_values, schema_digest
+from fedkit.arrays import Mask, NamedArrays, check_finite, num_values, schema_digest
 from fedkit.codec.entropy import pack_levels, pack_mask, packed_size, unpack_levels, unpack_mask
 from fedkit.codec.quantize import MAX_BITS, Quantized, Quantizer, dequantize
-from fedkit.codec.sparsify import Mask, gather, scatter
+from fedkit.codec.sparsify import gather, scatter
 from fedkit.errors import CodecError, SchemaMismatchError, UnsupportedVersionError, WireFormatError
 
 T = TypeVar("T", bound=np.generic)
