@@ -2,5 +2,6 @@
 
 from .aquila import AquilaMod
 from .base import UpdateMod
+from .safari import SafariMod
 
-__all__ = ["AquilaMod", "UpdateMod"]
+__all__ = ["AquilaMod", "SafariMod", "UpdateMod"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.errors import CodecError, SchemaMismatchError
+
+T = TypeVar("T", bound=np.generic)
 
 NamedArrays: TypeAlias = Mapping[str, NDArray[np.float32]]
 """Names to arrays, in a fixed order. An update is local − received, so applying one adds."""
@@ -56,7 +58,7 @@ def flatten(arrays: NamedArrays) -> NDArray[np.float32]:
     return np.concatenate([np.asarray(a, np.float32).ravel() for a in arrays.values()])
 
 
-def unflatten(vector: NDArray[np.float32], *, like: NamedArrays) -> dict[str, NDArray[np.float32]]:
+def unflatten(vector: NDArray[T], *, like: NamedArrays) -> dict[str, NDArray[T]]:
     """Return `vector` cut into arrays with the names and shapes of `like`; inverse of `flatten`.
 
     Raises

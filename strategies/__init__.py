@@ -3,5 +3,6 @@
 from .aquila import Aquila
 from .base import UpdateStrategy
 from .build import STRATEGIES, build
+from .safari import Safari
 
-__all__ = ["STRATEGIES", "Aquila", "UpdateStrategy", "build"]
+__all__ = ["STRATEGIES", "Aquila", "Safari", "UpdateStrategy", "build"]

@@ -8,8 +8,8 @@ uploads, errors of single nodes, weights, metrics and the ledger.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypedDict, TypeVar, Unpack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -33,28 +33,13 @@ from fedkit.message import (
 )
 from fedkit.rounds import RoundGrid
 
+from .options import FedAvgOptions
 from .replies import Registry, check_norm, mean_metrics, metrics_of, weight_of
 from .sampling import sample_nodes
 
 logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
-MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
-
-
-class FedAvgOptions(TypedDict, total=False):
-    """The options that every strategy shares with Flower's FedAvg."""
-
-    fraction_train: float
-    fraction_evaluate: float
-    min_train_nodes: int
-    min_evaluate_nodes: int
-    min_available_nodes: int
-    weighted_by_key: str
-    arrayrecord_key: str
-    configrecord_key: str
-    train_metrics_aggr_fn: MetricsFn
-    evaluate_metrics_aggr_fn: MetricsFn
 
 
 class UpdateStrategy(FedAvg, Generic[S]):
@@ -89,6 +74,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
         fedavg.setdefault("evaluate_metrics_aggr_fn", mean_metrics)
         super().__init__(**fedavg)
         self.aggregator, self.codec, self.seed, self.node_timeout = aggregator, codec, seed, node_timeout
+        self.num_rounds = 1
         self.ledger = Ledger()
         self.state: S | None = None
         self.registry = Registry()
@@ -111,11 +97,14 @@ class UpdateStrategy(FedAvg, Generic[S]):
 
     # ---- Flower's round ------------------------------------------------------------------------
 
-    def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
+    def start(
+        self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *args: Any, **kwargs: Any
+    ) -> Result:
         """Run all rounds; see Flower's `Strategy.start`."""
+        self.num_rounds = num_rounds
         grid = grid if isinstance(grid, RoundGrid) else RoundGrid(grid)
         self.ledger = grid.ledger
-        return super().start(grid, *args, **kwargs)
+        return super().start(grid, initial_arrays, num_rounds, *args, **kwargs)
 
     def summary(self) -> None:
         """Log the settings."""

@@ -10,11 +10,14 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from fedkit.config import RunConfig, check_keys
 
 from .aquila import Aquila
+from .safari import Safari
 
 STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
     "fedavg": FedAvg,  # Flower's own
     "aquila": Aquila,
     "aquila-published": Aquila.published,
+    "safari": Safari,
+    "safari-published": Safari.published,
 }
 
 

@@ -18,7 +18,7 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.arrays import Mask, NamedArrays, check_finite, num_values, schema_digest
+from fedkit.arrays import Mask, NamedArrays, check_finite, num_values, schema_digest, unflatten
 from fedkit.codec.entropy import pack_levels, pack_mask, packed_size, unpack_levels, unpack_mask
 from fedkit.codec.quantize import MAX_BITS, Quantized, Quantizer, dequantize
 from fedkit.codec.sparsify import gather, scatter
@@ -192,8 +192,7 @@ class _Reader:
 def _read_mask(body: _Reader, like: NamedArrays) -> dict[str, NDArray[np.bool_]]:
     total = num_values(like)
     flat = unpack_mask(body.take(packed_size(total, 1)), total)
-    parts = _split(flat, [array.size for array in like.values()])
-    return {name: part.reshape(array.shape) for (name, array), part in zip(like.items(), parts, strict=True)}
+    return unflatten(flat, like=like)
 
 
 def _read_values(body: _Reader, header: Header, sizes: list[int]) -> list[NDArray[np.float32]]:

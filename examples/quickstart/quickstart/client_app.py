@@ -3,12 +3,12 @@
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkit.clients import AquilaMod
+from fedkit.clients import AquilaMod, SafariMod
 from fedkit.config import parse
 from fedkit.message import from_arrays, to_arrays
 from quickstart import task
 
-app = ClientApp(mods=[AquilaMod()])
+app = ClientApp(mods=[AquilaMod(), SafariMod()])
 
 
 @app.train()

@@ -1,0 +1,72 @@
+"""The client half of SAFARI: a mask of its own, at a fixed density, that moves from round to round.
+
+After local training the client sends the kept entries of its update, with the mask; then it rewires the mask:
+the kept entries of least magnitude go, others that training moved most come (prune and regrow, as RigL and
+FedSpa do). The mask stays on the client; a client that lost it draws a new one.
+
+Deviations from the paper
+-------------------------
+The app is trained as it is, whatever its framework: entries outside the mask train along, and are then left
+out, where the paper masks every gradient. So what regrows is judged by the update, not by the gradient.
+With `sparse_model`, as published, training starts from the model under the mask and the least *weights* go;
+without, the default, it starts from the whole model and the least *updates* go.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import ClassVar, cast
+
+import numpy as np
+from flwr.app import ConfigRecord
+from numpy.typing import NDArray
+
+from fedkit.arrays import Mask, NamedArrays, add, num_values, schema_digest, unflatten
+from fedkit.codec.entropy import pack_mask, unpack_mask
+from fedkit.codec.sparsify import density, prune_and_regrow, random_mask
+
+from .base import Coded, Job, UpdateMod
+
+MASK_KEY = "fedkit.safari.mask"
+
+
+class SafariMod(UpdateMod):
+    """Turns the reply into a sparse update. The server needs `fedkit.strategies.Safari`."""
+
+    scheme: ClassVar[str] = "safari"
+
+    def prepare(self, job: Job) -> NamedArrays:
+        """Return what was sent, under the mask if models are sparse."""
+        if not job.instructions.options["sparse-model"]:
+            return job.sent
+        mask = load_mask(job)
+        return {name: array * mask[name] for name, array in job.sent.items()}
+
+    def code(self, update: NamedArrays, job: Job) -> Coded:
+        """Return the kept entries of the update, and rewire the mask for the next round."""
+        mask, options = load_mask(job), job.instructions.options
+        magnitude = add(self.prepare(job), update) if options["sparse-model"] else update
+        save_mask(job, prune_and_regrow(mask, magnitude, update, float(options["rewire"])))
+        return Coded(job.instructions.codec.encode(update, mask=None if density(mask) == 1 else mask))
+
+
+def load_mask(job: Job) -> dict[str, NDArray[np.bool_]]:
+    """Return this client's mask; a new random one if it has none for these arrays at this density."""
+    wanted, options = float(job.instructions.options["density"]), job.instructions.options
+    record = job.state.get(MASK_KEY)
+    if isinstance(record, ConfigRecord) and _key(job) == {key: record.get(key) for key in _key(job)}:
+        flat = unpack_mask(cast(bytes, record["mask"]), num_values(job.sent))
+        return unflatten(flat, like=job.sent)
+    rng = np.random.default_rng([int(options["seed"]), zlib.crc32(job.client_id.encode())])
+    return random_mask(job.sent, wanted, rng)
+
+
+def save_mask(job: Job, mask: Mask) -> None:
+    """Remember the mask in the client's state."""
+    bits = pack_mask(np.concatenate([part.ravel() for part in mask.values()]))
+    job.state[MASK_KEY] = ConfigRecord({**_key(job), "mask": bits})
+
+
+def _key(job: Job) -> dict[str, bytes | float]:
+    """Return what a mask belongs to."""
+    return {"schema": schema_digest(job.sent), "density": float(job.instructions.options["density"])}

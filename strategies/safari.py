@@ -1,0 +1,88 @@
+"""SAFARI: clients train and send sparse updates; who does not answer is replaced by its most similar client.
+
+Symbols, source and deviations: `fedkit.aggregation.compensate` (the server's rules) and `fedkit.clients.safari`
+(the masks).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from fedkit.aggregation.compensate import Compensated, CompensateState, Metric
+from fedkit.arrays import NamedArrays
+from fedkit.codec.quantize import Quantizer
+from fedkit.codec.wire import Codec
+from fedkit.config import Scalar
+from fedkit.errors import ConfigError
+
+from .base import UpdateStrategy
+
+
+class Safari(UpdateStrategy[CompensateState]):
+    """Sparse updates, and surrogates for missing ones. Clients need `fedkit.clients.SafariMod`.
+
+    Parameters
+    ----------
+    density : float
+        Share of each matrix that a client keeps, above 0 to 1.
+    rewire : float
+        Share of the kept entries that a client moves in the first round, 0 to 1; less later, by a cosine.
+    similarity : {"cosine", "l2"}
+        Of the clients' updates, or minus the distance of their models.
+    warmup_rounds : int
+        Rounds that only observe similarities.
+    compensate : bool
+        False: missing clients are dropped.
+    sparse_model : bool
+        Whether clients start from a sparse model, as published, or from the whole one, of which they update
+        a sparse part.
+    quantizer : Quantizer
+        Of the values sent; None: float32.
+    weighted : bool
+        Whether clients count by their number of examples.
+    **options
+        As in `UpdateStrategy`.
+    """
+
+    scheme: ClassVar[str] = "safari"
+
+    def __init__(
+        self,
+        *,
+        density: float = 0.2,
+        rewire: float = 0.3,
+        similarity: Metric = "cosine",
+        warmup_rounds: int = 2,
+        compensate: bool = True,
+        sparse_model: bool = False,
+        quantizer: Quantizer | None = None,
+        weighted: bool = True,
+        **options: Any,
+    ) -> None:
+        if not 0 < density <= 1:
+            raise ConfigError(f"density must be above 0 and at most 1, got {density}.")
+        if not 0 <= rewire <= 1:
+            raise ConfigError(f"rewire must be 0 to 1, got {rewire}.")
+        if similarity not in ("cosine", "l2"):
+            raise ConfigError(f"similarity: expected 'cosine' or 'l2', got {similarity!r}.")
+        aggregator = Compensated(similarity, warmup_rounds, compensate, sparse_model, weighted)
+        super().__init__(aggregator, Codec(quantizer), **options)
+        self.density, self.rewire, self.sparse_model = density, rewire, sparse_model
+
+    @classmethod
+    def published(cls, **options: Any) -> Self:
+        """Return SAFARI as far as it is known: sparse models, l2 similarity, no warm-up, unweighted."""
+        fixed = {"similarity": "l2", "warmup_rounds": 0, "sparse_model": True, "weighted": False, "rewire": 0.05}
+        return cls(**{**fixed, **options})
+
+    def options(self, params: NamedArrays) -> Mapping[str, Scalar]:
+        """Return the density, and the share to rewire this round: ``rewire/2 (1 + cos(π t/T))``."""
+        progress = min(self._cohort.server_round / self.num_rounds, 1.0)
+        return {
+            "density": self.density,
+            "rewire": self.rewire / 2 * (1 + math.cos(math.pi * progress)),
+            "sparse-model": self.sparse_model,
+            "seed": self.seed,
+        }
