@@ -1,0 +1,49 @@
+"""The README keeps its word: its commands are one line each, and its example of a scheme works."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from fedkit.codec.wire import read_header
+from fedkit.message import read_frame, to_arrays
+from tests.helpers.grid import InProcessGrid
+from tests.helpers.quadratic import client_app, initial, optimum, targets
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_two_bash_blocks_are_one_line_each_and_set_up_themselves():
+    run, test = blocks("bash")[:2]
+    assert run.count("\n") == test.count("\n") == 1
+    assert "pip install" in run
+    assert run.rstrip().endswith("fedkit run examples/quickstart")
+    assert "pip install" in test
+    assert test.rstrip().endswith("pytest")
+
+
+def test_no_figure_was_left_out():
+    assert "FIG" not in README.split()
+
+
+def test_the_scheme_of_the_readme_learns_and_sends_a_tenth():
+    (code,) = [block for block in blocks("python") if "class TopKMod" in block]
+    names = {"__name__": "top_k"}
+    exec(compile(code, "README.md", "exec"), names)
+    sizes = []
+
+    def measure(message, context, call_next):
+        reply = call_next(message, context)
+        sizes.append(read_header(read_frame(reply.content)).count)
+        return reply
+
+    grid = InProcessGrid([client_app([measure, names["TopKMod"]()], target) for target in targets(4)])
+    strategy = names["TopK"](density=0.1, fraction_evaluate=0.0, min_train_nodes=4)
+    result = strategy.start(grid, initial(), num_rounds=40)
+    params = np.concatenate([a.ravel() for a in to_arrays(result.arrays).values()])
+    assert np.linalg.norm(params - optimum(4)) < 0.7 * np.linalg.norm(optimum(4))
+    assert max(sizes) <= 0.1 * 88 + 4
