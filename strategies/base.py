@@ -60,6 +60,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
     """
 
     scheme: ClassVar[str]
+    state: S  # what the aggregator remembers, from the first round on
 
     def __init__(
         self,
@@ -76,7 +77,6 @@ class UpdateStrategy(FedAvg, Generic[S]):
         self.aggregator, self.codec, self.seed, self.node_timeout = aggregator, codec, seed, node_timeout
         self.num_rounds = 1
         self.ledger = Ledger()
-        self.state: S | None = None
         self.registry = Registry()
         self._params: NamedArrays = {}
         self._cohort = Cohort(0, {})
@@ -115,8 +115,8 @@ class UpdateStrategy(FedAvg, Generic[S]):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return one message for each node of this round's cohort."""
-        self._params = to_arrays(arrays)
-        if self.state is None:
+        first, self._params = not self._params, to_arrays(arrays)
+        if first:
             self.state = self.aggregator.init(self._params)
         node_ids = self._sample(grid, server_round, self.fraction_train, self.min_train_nodes)
         sent = self.distribute(self._params, node_ids)
@@ -128,7 +128,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the new arrays and the mean of the clients' metrics; (None, None) if nobody answered."""
         judged = self._judge(replies)
-        if not judged or self.state is None:
+        if not judged:
             return None, None
         contents: list[RecordDict] = []
         uploads = self._uploads(judged, contents)

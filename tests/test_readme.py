@@ -26,10 +26,6 @@ def test_the_first_two_bash_blocks_are_one_line_each_and_set_up_themselves():
     assert test.rstrip().endswith("pytest")
 
 
-def test_no_figure_was_left_out():
-    assert "FIG" not in README.split()
-
-
 def test_the_scheme_of_the_readme_learns_and_sends_a_tenth():
     (code,) = [block for block in blocks("python") if "class TopKMod" in block]
     names = {"__name__": "top_k"}
