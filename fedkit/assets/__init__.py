@@ -8,7 +8,7 @@ from pathlib import Path
 from fedkit.errors import FedkitError
 
 SHA256 = {
-    "vit_8x8.safetensors": "8355484c8da6180b9331582772f75e3d73093210a7bd345d73dccafa276caabd",
+    "vit_8x8.safetensors": "6d87e88180c51c1d977227341e70978863a12e817f2355fe6e7f6c40b4bd7411",
 }
 """File name to digest. `examples/quickstart/pretrain.py` writes the weights and prints what belongs here."""
 

@@ -133,7 +133,7 @@ def partition(labels: NDArray[np.int64], *, num_clients: int, alpha: float, seed
         If no draw leaves every client at least `MIN_IMAGES` images.
     """
     rng = np.random.default_rng(seed)
-    for _ in range(1000):
+    for _ in range(100):
         parts: list[list[NDArray[np.int64]]] = [[] for _ in range(num_clients)]
         for label in np.unique(labels):
             members = rng.permutation(np.flatnonzero(labels == label))
