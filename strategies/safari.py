@@ -28,7 +28,10 @@ class Safari(UpdateStrategy[CompensateState]):
     density : float
         Share of each matrix that a client keeps, above 0 to 1.
     rewire : float
-        Share of the kept entries that a client moves in the first round, 0 to 1; less later, by a cosine.
+        Share of the kept entries that a client moves in a round, 0 to 1. At 1, the default, all of them: so
+        every entry has its turn, and none is left to the few clients that happened to keep it.
+    anneal : bool
+        Whether to rewire less from round to round, by a cosine down to nothing in the last, as published.
     similarity : {"cosine", "l2"}
         Of the clients' updates, or minus the distance of their models.
     warmup_rounds : int
@@ -52,7 +55,8 @@ class Safari(UpdateStrategy[CompensateState]):
         self,
         *,
         density: float = 0.2,
-        rewire: float = 0.3,
+        rewire: float = 1.0,
+        anneal: bool = False,
         similarity: Metric = "cosine",
         warmup_rounds: int = 2,
         compensate: bool = True,
@@ -69,17 +73,24 @@ class Safari(UpdateStrategy[CompensateState]):
             raise ConfigError(f"similarity: expected 'cosine' or 'l2', got {similarity!r}.")
         aggregator = Compensated(similarity, warmup_rounds, compensate, sparse_model, weighted)
         super().__init__(aggregator, Codec(quantizer), **options)
-        self.density, self.rewire, self.sparse_model = density, rewire, sparse_model
+        self.density, self.rewire, self.anneal, self.sparse_model = density, rewire, anneal, sparse_model
 
     @classmethod
     def published(cls, **options: Any) -> Self:
         """Return SAFARI as far as it is known: sparse models, l2 similarity, no warm-up, unweighted."""
-        fixed = {"similarity": "l2", "warmup_rounds": 0, "sparse_model": True, "weighted": False, "rewire": 0.05}
-        return cls(**{**fixed, **options})
+        return cls(
+            rewire=0.05,
+            anneal=True,
+            similarity="l2",
+            warmup_rounds=0,
+            sparse_model=True,
+            weighted=False,
+            **options,
+        )
 
     def options(self, params: NamedArrays) -> Mapping[str, Scalar]:
-        """Return the density, and the share to rewire this round: ``rewire/2 (1 + cos(π t/T))``."""
-        progress = min(self._cohort.server_round / self.num_rounds, 1.0)
+        """Return the density, and the share to rewire this round: ``rewire/2 (1 + cos(π t/T))`` if it anneals."""
+        progress = self._cohort.server_round / self.num_rounds if self.anneal else 0.0
         return {
             "density": self.density,
             "rewire": self.rewire / 2 * (1 + math.cos(math.pi * progress)),

@@ -27,7 +27,9 @@ def main(grid: Grid, context: Context) -> None:
         set_adapter(model, to_arrays(arrays))
         return MetricRecord(task.evaluate(model, images, labels))
 
-    rounds = RoundGrid(grid, faults=Faults(drop=config.drop, seed=config.seed))
+    first_half = map(str, range(config.num_clients // 2 if config.drop_half else 0))
+    faults = Faults(drop=config.drop, seed=config.seed, rates=dict.fromkeys(first_half, config.drop_half))
+    rounds = RoundGrid(grid, faults=faults)
     result = build(config).start(
         grid=rounds,
         initial_arrays=from_arrays(get_adapter(model)),

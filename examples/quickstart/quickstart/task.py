@@ -44,7 +44,15 @@ class Config(RunConfig):
     lora_alpha: int
     active_rank: int
     orth_reg_weight: float
-    dirichlet_alpha: float  # label skew: 100 is even, 0.1 gives most clients two or three digits
+    partition: str  # "dirichlet": label skew; "halves": half of the clients hold 0 to 4, the others 5 to 9
+    dirichlet_alpha: float  # 100 is even, 0.1 gives most clients two or three digits
+    drop_half: float  # probability that a reply of the first half is lost, above 0 (not with fedavg)
+
+    def __post_init__(self) -> None:
+        # Named, for a dataclass with slots is another class than the one `super()` was compiled in.
+        RunConfig.__post_init__(self)
+        if self.partition not in ("dirichlet", "halves"):
+            raise ConfigError(f"partition: expected 'dirichlet' or 'halves', got {self.partition!r}.")
 
 
 def rm_lora(config: Config) -> RMLoraConfig:
@@ -150,10 +158,22 @@ def partition(labels: NDArray[np.int64], *, num_clients: int, alpha: float, seed
     )
 
 
+def halves(labels: NDArray[np.int64], *, num_clients: int, seed: int) -> list[NDArray[np.int64]]:
+    """Return each client's indices into `labels`, the first half of the classes going to the first half of them."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    middle, first = np.unique(labels)[NUM_CLASSES // 2], num_clients // 2
+    low, high = order[labels[order] < middle], order[labels[order] >= middle]
+    return [*np.array_split(low, first), *np.array_split(high, num_clients - first)]
+
+
 def load_partition(config: Config, partition_id: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the training images and labels of one client."""
     images, labels, _, _ = load_split()
-    parts = partition(labels, num_clients=config.num_clients, alpha=config.dirichlet_alpha, seed=config.seed)
+    size = {"num_clients": config.num_clients, "seed": config.seed}
+    if config.partition == "halves":
+        parts = halves(labels, **size)
+    else:
+        parts = partition(labels, alpha=config.dirichlet_alpha, **size)
     return images[parts[partition_id]], labels[parts[partition_id]]
 
 
