@@ -3,5 +3,6 @@
 from .aquila import AquilaMod
 from .base import UpdateMod
 from .safari import SafariMod
+from .tac import TacMod
 
-__all__ = ["AquilaMod", "SafariMod", "UpdateMod"]
+__all__ = ["AquilaMod", "SafariMod", "TacMod", "UpdateMod"]

@@ -2,7 +2,8 @@
 
 from .aquila import Aquila
 from .base import UpdateStrategy
-from .build import STRATEGIES, build
+from .by_name import STRATEGIES, build
 from .safari import Safari
+from .tac import Tac
 
-__all__ = ["STRATEGIES", "Aquila", "Safari", "UpdateStrategy", "build"]
+__all__ = ["STRATEGIES", "Aquila", "Safari", "Tac", "UpdateStrategy", "build"]

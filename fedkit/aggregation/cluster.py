@@ -15,20 +15,23 @@ v^0        the one adapter that all start from         `replicate`
 =========  ==========================================  ==========================================
 
 In each round V is clustered by k-means with K = N, without knowing which task an adapter is for; ``v_n`` becomes
-the unweighted mean of its cluster, and every client gets, for each of its slots, the adapter of the slot's cluster.
+the unweighted mean of its cluster, and a client gets, for each of its slots, the adapter of the slot's cluster.
 
 Deviations from the paper
 -------------------------
-The paper does not say how clusters of two rounds correspond: here each takes the number of the former adapter
-it is nearest to (the cheapest one-to-one matching), so that a client that missed rounds gets its cluster's
-present adapter, where the paper leaves it with its own stale one. A slot never seen before starts from the mean
-of all clusters' adapters, which in the first round is v^0. A cluster that nobody is in keeps its adapter. There
-are never more clusters than different adapters.
+Adapters of one client never share a cluster (unless it has more of them than there are clusters): its tasks are
+different ones. Plain k-means, as published, lets one odd adapter take a cluster of its own and merges two tasks,
+which then start alike and never part; `distinct=False` does that.
+
+Where the paper says nothing: a cluster takes the number of the former adapter it is nearest to (the cheapest
+one-to-one matching), and a cluster that nobody is in keeps its adapter. A client that missed rounds gets the
+present adapters of its clusters, where the paper leaves it with its own stale ones; one that the server does not
+know starts from the mean of all clusters, which in the first round is v^0. There are never more clusters than
+different adapters.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -39,20 +42,21 @@ from numpy.typing import NDArray
 
 from fedkit.aggregation.mean import weighted_mean
 from fedkit.aggregation.protocol import Aggregate, Cohort, Upload
-from fedkit.arrays import NamedArrays, add, check_same_schema, flatten
-from fedkit.errors import ConfigError, SchemaMismatchError
+from fedkit.aggregation.slots import count_slots, join_clusters, split_clusters, split_slots
+from fedkit.arrays import NamedArrays, add, flatten
+from fedkit.errors import ConfigError
 
-Points: TypeAlias = NDArray[np.float64]
-Slot: TypeAlias = tuple[str, int]  # client id, number
+Assignment: TypeAlias = Mapping[str, Sequence[int]]  # a number for each slot, by client id
+Points: TypeAlias = NDArray[np.float64]  # one flat adapter per row
 
-_STARTS, _STEPS = 10, 50  # of k-means: the best of so many starts, each so many steps long
+_STARTS, _STEPS = 20, 50  # of k-means: the best of so many starts, each so many steps long
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """Which cluster each slot of each client was last in, by client id."""
+    """Which cluster each slot was last in."""
 
-    assignment: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    assignment: Assignment = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class ClusterMean:
     """Clusters the adapters of all clients and replaces each cluster's adapter by the mean of its members."""
 
     num_clusters: int
+    distinct: bool = True  # no two adapters of a client in one cluster; False, as published: k-means alone
     weighted: bool = False  # by the client's number of examples; False, as published: every adapter alike
     seed: int = 0  # of k-means
 
@@ -70,83 +75,159 @@ class ClusterMean:
             raise ConfigError('clustering needs scipy, which is missing. Do: pip install "fedkit[cluster]".')
 
     def init(self, params: NamedArrays) -> ClusterState:
-        """Return the state of a server that knows nobody; raise SchemaMismatchError for other params."""
-        if (found := len(split_clusters(params))) != self.num_clusters:
-            raise SchemaMismatchError(f"the arrays: expected {self.num_clusters} clusters, got {found}.")
+        """Return the state of a server that knows nobody."""
         return ClusterState()
 
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: ClusterState
     ) -> Aggregate[ClusterState]:
-        """Return the clusters' new adapters, and who is in which; all uploads are in memory at once."""
-        slots: list[Slot] = []
+        """Return the clusters' new adapters, and who is in which; all adapters are in memory at once."""
+        clients: list[str] = []  # one entry per adapter, in the order of clients and their slots
         weighted: list[tuple[float, NamedArrays]] = []
         for upload in uploads:
-            for number, adapter in enumerate(_adapters(cohort.sent[upload.node_id], upload)):
-                slots.append((upload.client_id, number))
+            for adapter in _adapters(cohort.sent[upload.node_id], upload):
+                clients.append(upload.client_id)
                 weighted.append((upload.num_examples if self.weighted else 1.0, adapter))
+        if not weighted:
+            return Aggregate(params, state, {})
         clusters = split_clusters(params)
-        if slots:
-            points, centroids = _rows(adapter for _, adapter in weighted), _rows(clusters)
-            labels = self.label(slots, points, centroids)
-            state = ClusterState({**state.assignment, **_by_client(slots, labels)})
-            for cluster in sorted(set(labels)):
-                members = (item for item, label in zip(weighted, labels, strict=True) if label == cluster)
-                clusters[cluster] = weighted_mean(members, like=clusters[cluster])
-            metrics = {"adapters": len(slots), "clusters": len(set(labels))}
-        return Aggregate(join_clusters(clusters), state, metrics if slots else {})
+        points, former = _rows(adapter for _, adapter in weighted), _rows(clusters)
+        labels = self.label(clients, points, former)
+        for cluster in set(labels):
+            members = (item for item, label in zip(weighted, labels, strict=True) if label == cluster)
+            clusters[cluster] = weighted_mean(members, like=clusters[cluster])
+        found: dict[str, tuple[int, ...]] = {}
+        for name, label in zip(clients, labels, strict=True):
+            found[name] = (*found.get(name, ()), label)
+        metrics = {"adapters": len(labels), "clusters": len(set(labels))}
+        return Aggregate(join_clusters(clusters), ClusterState({**state.assignment, **found}), metrics)
 
-    def label(self, slots: Sequence[Slot], points: Points, centroids: Points) -> list[int]:
-        """Return the cluster of each adapter, a row of `points`; a row of `centroids` is a cluster's former one."""
-        return match(kmeans(points, self.num_clusters, seed=self.seed), points, centroids)
+    def label(self, clients: Sequence[str], points: Points, former: Points) -> list[int]:
+        """Return the cluster of each adapter.
 
-
-def kmeans(points: Points, num_clusters: int, *, seed: int) -> list[int]:
-    """Return the cluster of each row of `points`, shape (count, dim): the best of ten k-means++ starts.
-
-    Clusters are numbered in the order of their first members, and there are no more than different rows.
-    """
-    from scipy.cluster.vq import kmeans2
-
-    count = min(num_clusters, len(np.unique(points, axis=0)))
-    corners = np.linalg.qr((points - points.mean(axis=0)).T, mode="r").T  # same distances, at most `count` long
-    rng, best, least = np.random.default_rng(seed), [0] * len(points), np.inf
-    for _ in range(_STARTS):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an empty cluster is no accident here
-            centroids, labels = kmeans2(corners, count, iter=_STEPS, minit="++", rng=rng)
-        inertia = float(np.square(corners - centroids[labels]).sum())
-        if inertia < least:
-            best, least = [int(k) for k in labels], inertia
-    numbers = {k: number for number, k in enumerate(dict.fromkeys(best))}
-    return [numbers[k] for k in best]
+        Parameters
+        ----------
+        clients : Sequence[str]
+            Whose adapters they are; a client's are in the order of its slots.
+        points : array
+            Shape (adapters, values).
+        former : array
+            The adapter of each cluster until now, shape (clusters, values).
+        """
+        owners = clients if self.distinct else None
+        return match(kmeans(points, self.num_clusters, seed=self.seed, owners=owners), points, former)
 
 
-def match(labels: Sequence[int], points: Points, centroids: Points) -> list[int]:
-    """Return `labels` renumbered, so that the clusters' means lie as near as can be to the `centroids`."""
-    from scipy.optimize import linear_sum_assignment
-    from scipy.spatial.distance import cdist
+def kmeans(points: Points, num_clusters: int, *, seed: int, owners: Sequence[str] | None = None) -> list[int]:
+    """Return the cluster of each row of `points`: the best, by squared distances, of several k-means++ starts.
 
-    found = np.asarray(labels)
-    means = np.stack([points[found == k].mean(axis=0) for k in range(found.max() + 1)])
-    rows, columns = linear_sum_assignment(cdist(means, centroids, "sqeuclidean"))
-    numbers = dict(zip(rows, columns))
-    return [int(numbers[k]) for k in labels]
-
-
-def best_clusters(assignment: Assignment, tasks: Assignment) -> dict[int, int]:
-    """Return the cluster of each task, one to one, that agrees on most slots; for evaluation alone.
+    There are no more clusters than different rows. Their numbers say nothing.
 
     Parameters
     ----------
-    assignment : Mapping[str, Sequence[int]]
-        The cluster of each slot, by client id, as in `ClusterState`.
-    tasks : Mapping[str, Sequence[int]]
-        The true task of each slot, by client id.
+    owners : Sequence[str], optional
+        One name per row; rows of the same name never share a cluster, unless there are too few clusters.
+    """
+    names = np.arange(len(points)) if owners is None else np.asarray(owners)
+    groups = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
+    count = min(num_clusters, len(np.unique(points, axis=0)))
+    short = np.asarray(np.linalg.qr((points - points.mean(axis=0)).T, mode="r")).T  # the same distances
+    rng = np.random.default_rng(seed)
+    runs = [_lloyd(short, _spread(short, count, rng), groups) for _ in range(_STARTS)]
+    return [int(label) for label in min(runs, key=lambda run: run[0])[1]]
+
+
+def _spread(points: Points, count: int, rng: np.random.Generator) -> Points:
+    """Return `count` rows, each drawn with the square of its distance to those before it (k-means++)."""
+    chosen = [int(rng.integers(len(points)))]
+    nearest = _distances(points, points[chosen]).min(axis=1)
+    while len(chosen) < count and nearest.any():
+        chosen.append(int(rng.choice(len(points), p=nearest / nearest.sum())))
+        nearest = _distances(points, points[chosen]).min(axis=1)
+    return points[chosen]
+
+
+def _lloyd(points: Points, centroids: Points, groups: list[NDArray[np.int64]]) -> tuple[float, NDArray[np.int64]]:
+    """Return the sum of squared distances to the centroids, and the labels, when these no longer change."""
+    labels = np.full(len(points), -1)
+    for _ in range(_STEPS):
+        distances, before = _distances(points, centroids), labels.copy()
+        for group in groups:
+            labels[group] = _nearest(distances[group])
+        if (labels == before).all():
+            break
+        centroids = np.stack(
+            [points[labels == k].mean(axis=0) if k in labels else old for k, old in enumerate(centroids)]
+        )
+    return float(np.square(points - centroids[labels]).sum()), labels
+
+
+def _nearest(distances: Points) -> NDArray[np.int64]:
+    """Return the nearest column of each row: of several rows different ones, the nearest in all."""
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = distances.shape
+    if 1 < rows <= columns:
+        return np.asarray(linear_sum_assignment(distances)[1], np.int64)
+    return np.asarray(distances.argmin(axis=1), np.int64)
+
+
+def _distances(points: Points, centroids: Points) -> Points:
+    """Return the squared distance of every row of `points` to every row of `centroids`."""
+    return np.stack([np.square(points - centroid).sum(axis=1) for centroid in centroids], axis=1)
+
+
+def match(labels: Sequence[int], points: Points, former: Points) -> list[int]:
+    """Return `labels` renumbered so that the clusters' means are nearest, in all, to the rows of `former`.
+
+    Only which rows share a label matters, not which label it is.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    names = list(dict.fromkeys(labels))
+    means = np.stack([points[np.asarray(labels) == name].mean(axis=0) for name in names])
+    rows, columns = linear_sum_assignment(_distances(means, former))
+    numbers = {names[row]: int(column) for row, column in zip(rows, columns, strict=True)}
+    return [numbers[label] for label in labels]
+
+
+def cluster_accuracy(assignment: Assignment, tasks: Assignment) -> float:
+    """Return the share of slots in the cluster of their true task, 0 to 1; for evaluation alone."""
+    numbers = clusters_of_tasks(assignment, tasks)
+    hits = [numbers[task] == cluster for cluster, task in _pairs(assignment, tasks)]
+    return sum(hits) / len(hits)
+
+
+def clusters_of_tasks(assignment: Assignment, tasks: Assignment) -> dict[int, int]:
+    """Return the cluster of each task, one to one, such that most slots agree; for evaluation alone.
+
+    >>> clusters_of_tasks({"a": (2, 0), "b": (2,), "c": (1,)}, {"a": (0, 1), "b": (0,), "c": (2,)})
+    {0: 2, 1: 0, 2: 1}
     """
     from scipy.optimize import linear_sum_assignment
 
     pairs = _pairs(assignment, tasks)
-    table = np.zeros(np.max(pairs, axis=0, initial=-1) + 1, np.int64) 
-    np.add.at(table, tuple(np.transpose(pairs)), 1)
-    return {int(task): int(cluster) for cluster, task in zip(*linear_sum_assignment(-table), strict=True)}
+    size = 1 + max(map(max, pairs), default=-1)
+    agree = np.zeros((size, size), np.int64)
+    for cluster, task in pairs:
+        agree[task, cluster] += 1
+    return dict(enumerate(map(int, linear_sum_assignment(agree, maximize=True)[1])))
+
+
+def _adapters(sent: NamedArrays, upload: Upload) -> list[NamedArrays]:
+    """Return the adapters that a client has after training: what it started from, plus its upload."""
+    if upload.arrays is None:
+        return []
+    num_slots = count_slots(upload.arrays)
+    updates = split_slots(upload.arrays, num_slots)
+    return [add(start, update) for start, update in zip(split_slots(sent, num_slots), updates, strict=True)]
+
+
+def _rows(adapters: Iterable[NamedArrays]) -> Points:
+    return np.stack([flatten(adapter) for adapter in adapters]).astype(np.float64)
+
+
+def _pairs(assignment: Assignment, tasks: Assignment) -> list[tuple[int, int]]:
+    """Return (cluster, task) of every slot that both know."""
+    names = [name for name in assignment if name in tasks]
+    return [pair for name in names for pair in zip(assignment[name], tasks[name], strict=True)]

@@ -5,6 +5,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
+from fedkit.aggregation.slots import split_clusters
 from fedkit.clients.adapters import get_adapter, set_adapter
 from fedkit.config import parse
 from fedkit.faults import Faults
@@ -24,7 +25,7 @@ def main(grid: Grid, context: Context) -> None:
     _, _, images, labels = task.load_split()
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        set_adapter(model, to_arrays(arrays))
+        set_adapter(model, *split_clusters(to_arrays(arrays)))  # one, also under TAC, for there is one task
         return MetricRecord(task.evaluate(model, images, labels))
 
     first_half = map(str, range(config.num_clients // 2 if config.drop_half else 0))
@@ -37,5 +38,5 @@ def main(grid: Grid, context: Context) -> None:
         evaluate_fn=rounds.ledger.recording(evaluate, to=config.run_dir),
     )
     if config.run_dir:
-        set_adapter(model, to_arrays(result.arrays))
+        set_adapter(model, *split_clusters(to_arrays(result.arrays)))
         model.save_pretrained(Path(config.run_dir, "adapter"))

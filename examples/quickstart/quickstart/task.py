@@ -159,7 +159,7 @@ def partition(labels: NDArray[np.int64], *, num_clients: int, alpha: float, seed
 
 
 def halves(labels: NDArray[np.int64], *, num_clients: int, seed: int) -> list[NDArray[np.int64]]:
-    """Return each client's indices into `labels`, the first half of the classes going to the first half of them."""
+    """Return each client's indices into `labels`, the first half of the classes going to the first half."""
     order = np.random.default_rng(seed).permutation(len(labels))
     middle, first = np.unique(labels)[NUM_CLASSES // 2], num_clients // 2
     low, high = order[labels[order] < middle], order[labels[order] >= middle]

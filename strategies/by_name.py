@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from flwr.serverapp.strategy import FedAvg, Strategy
@@ -11,6 +12,7 @@ from fedkit.config import RunConfig, check_keys
 
 from .aquila import Aquila
 from .safari import Safari
+from .tac import Tac
 
 STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
     "fedavg": FedAvg,  # Flower's own
@@ -18,6 +20,8 @@ STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
     "aquila-published": Aquila.published,
     "safari": Safari,
     "safari-published": Safari.published,
+    "safari-drop": partial(Safari, compensate=False),  # for comparison: missing clients are dropped
+    "tac": partial(Tac, num_clusters=1),  # one task; an app with several says how many
 }
 
 

@@ -1,0 +1,88 @@
+"""Several adapters in one set of named arrays: a client's slots, the server's clusters.
+
+A message of TAC has the adapters of one client, slot by slot, as ``slot-0/NAME``, ``slot-1/NAME``, ...; the params
+of the server have one adapter per cluster, as ``cluster-0/NAME``, ``cluster-1/NAME``, ... Arrays without such
+prefixes are one adapter, so that an app with one task need not know of slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkit.arrays import NamedArrays, check_same_schema
+from fedkit.errors import SchemaMismatchError
+
+
+def join_slots(slots: Sequence[NamedArrays]) -> dict[str, NDArray[np.float32]]:
+    """Return one adapter per slot as the arrays of a message, ``slot-0/NAME`` and so on."""
+    return _join("slot", slots)
+
+
+def split_slots(arrays: NamedArrays, num_slots: int) -> list[NamedArrays]:
+    """Return the adapters of `num_slots` slots; a slot that is not among the arrays has that of slot 0.
+
+    Raises
+    ------
+    SchemaMismatchError
+        For arrays that `join_slots` cannot have made.
+    """
+    slots = _split("slot", arrays)
+    return [slots[number if number < len(slots) else 0] for number in range(num_slots)]
+
+
+def count_slots(arrays: NamedArrays) -> int:
+    """Return how many slots the arrays hold; raises as `split_slots`."""
+    return len(_split("slot", arrays))
+
+
+def join_clusters(adapters: Sequence[NamedArrays]) -> dict[str, NDArray[np.float32]]:
+    """Return one adapter per cluster as the params of TAC, ``cluster-0/NAME`` and so on."""
+    return _join("cluster", adapters)
+
+
+def split_clusters(params: NamedArrays) -> list[NamedArrays]:
+    """Return the adapter of each cluster; inverse of `join_clusters`.
+
+    Raises
+    ------
+    SchemaMismatchError
+        For arrays that `join_clusters` cannot have made.
+    """
+    return _split("cluster", params)
+
+
+def replicate(adapter: NamedArrays, num_clusters: int) -> NamedArrays:
+    """Return the params in which every cluster has the same adapter; params of TAC as they are.
+
+    Raises
+    ------
+    SchemaMismatchError
+        For params of TAC with another number of clusters.
+    """
+    if not any(name.startswith("cluster-") for name in adapter):
+        return join_clusters([adapter] * num_clusters)
+    if (found := len(split_clusters(adapter))) != num_clusters:
+        raise SchemaMismatchError(f"the arrays: expected {num_clusters} clusters, got {found}.")
+    return adapter
+
+
+def _join(kind: str, adapters: Sequence[NamedArrays]) -> dict[str, NDArray[np.float32]]:
+    return {f"{kind}-{k}/{name}": array for k, each in enumerate(adapters) for name, array in each.items()}
+
+
+def _split(kind: str, arrays: NamedArrays) -> list[NamedArrays]:
+    if arrays and not any(name.startswith(f"{kind}-") for name in arrays):
+        return [arrays]
+    parts: dict[str, dict[str, NDArray[np.float32]]] = {}
+    for name, array in arrays.items():
+        head, _, rest = name.partition("/")
+        parts.setdefault(head, {})[rest] = array
+    if not parts or list(parts) != [f"{kind}-{k}" for k in range(len(parts))]:
+        raise SchemaMismatchError(f"the arrays: expected {kind}-0/NAME and so on, got {list(arrays)[:3]}.")
+    adapters: list[NamedArrays] = list(parts.values())
+    for adapter in adapters:
+        check_same_schema(adapter, like=adapters[0])
+    return adapters

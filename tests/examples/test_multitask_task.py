@@ -1,0 +1,142 @@
+"""Laws of the multitask example's tasks and data; what clustering is worth, measured."""
+
+import dataclasses
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, RecordDict
+
+from fedkit.config import parse
+from fedkit.errors import ConfigError
+from tests.helpers.grid import InProcessGrid
+
+APP = Path(__file__).parents[2] / "examples" / "multitask"
+RUN_CONFIG = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+
+
+@pytest.fixture(scope="module")
+def app():
+    """The example's package, with all its modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(APP)
+        for name in ("task", "client_app", "server_app"):
+            __import__(f"multitask.{name}")
+        yield sys.modules["multitask"]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "multitask"]:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def task(app):
+    return app.task
+
+
+def config_of(task, **changes):
+    return parse(task.Config, RUN_CONFIG | {key.replace("_", "-"): value for key, value in changes.items()})
+
+
+def run(app, out, **changes):
+    """Run the example in this process; return its rounds."""
+    config = RUN_CONFIG | {key.replace("_", "-"): value for key, value in changes.items()} | {"run-dir": str(out)}
+    grid = InProcessGrid([app.client_app.app] * config["num-clients"])
+    for context in grid.contexts.values():
+        context.run_config = config
+    app.server_app.app(grid, Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config))
+    return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_run_config_has_exactly_the_fields_of_config(task):
+    assert set(RUN_CONFIG) == {field.name.replace("_", "-") for field in dataclasses.fields(task.Config)}
+
+
+def test_every_task_has_an_answer_for_every_digit_and_no_two_the_same(task):
+    assert len(set(task.TASKS.values())) == len(task.TASKS)
+    assert all(len(answers) == 10 and max(answers) < task.OUTPUTS for answers in task.TASKS.values())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_partition_spreads_every_task_over_clients_that_hold_at_least_a_share(task, seed):
+    parts = task.partition(1257, num_clients=10, alpha=0.5, seed=seed)
+    assert all(parts)
+    for name in task.TASKS:
+        pieces = [part[name] for part in parts if name in part]
+        together = np.concatenate(pieces)
+        assert len(set(together.tolist())) == len(together)
+        assert 0.9 * 1257 < len(together) <= 1257
+        assert min(map(len, pieces)) >= task.MIN_SHARE * 1257
+    assert {len(part) for part in parts} != {len(task.TASKS)}, "some client lacks a task"
+
+
+def test_partition_depends_on_the_seed_alone(task):
+    first, again, other = (task.true_tasks(config_of(task, seed=seed)) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_partition_that_cannot_exist_is_refused(task):
+    with pytest.raises(ConfigError, match="dirichlet-alpha"):
+        task.partition(1257, num_clients=500, alpha=0.5, seed=0)
+
+
+def test_a_shared_adapter_trains_on_all_images_for_as_many_steps(task):
+    own = task.load_slots(config_of(task), 0)
+    (together,) = task.load_slots(config_of(task, strategy="fedavg"), 0)
+    assert len(together.images) == len(together.labels) == sum(len(slot.labels) for slot in own)
+    assert together.steps == sum(slot.steps for slot in own)
+    assert len(own) == len(task.true_tasks(config_of(task))["0"])
+
+
+def test_heads_tell_the_tasks_apart_only_if_asked_for(task):
+    digits = np.array([0, 3, 8])
+    assert task.answers("round", digits, config_of(task)).tolist() == [1, 0, 1]
+    assert task.answers("round", digits, config_of(task, strategy="fedavg-heads")).tolist() == [41, 40, 41]
+
+
+@pytest.mark.parametrize(("strategy", "size"), [("tac", 4042), ("fedavg", 16330), ("fedavg-heads", 20210)])
+def test_a_shared_adapter_has_the_rank_of_all_together(task, strategy, size):
+    from fedkit.clients.adapters import get_adapter
+
+    model = task.build_model(config_of(task, strategy=strategy))
+    assert sum(array.size for array in get_adapter(model).values()) == size
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or "classifier" in name for name in trainable)
+
+
+def test_training_teaches_a_task(task):
+    config = config_of(task, local_steps=40)
+    slot = task.load_slots(config, 0)[0]
+    model = task.build_model(config)
+    before = task.accuracy(model, slot.images, slot.labels)
+    task.train(model, slot, config, seed=0)
+    assert task.accuracy(model, slot.images, slot.labels) > before + 0.3
+
+
+def test_an_unknown_strategy_is_refused(app, task):
+    with pytest.raises(ConfigError, match="Did you mean 'tac'"):
+        app.server_app.build_strategy(config_of(task, strategy="tacc"))
+
+
+@pytest.mark.parametrize("strategy", ["tac", "fedavg-heads"])
+def test_a_short_run_records_every_task_and_saves_an_adapter_for_each(app, task, tmp_path, strategy):
+    from peft import PeftConfig
+
+    rows = run(app, tmp_path, strategy=strategy, num_rounds=1, num_clients=3, local_steps=1, drop=0.0)
+    assert [row["round"] for row in rows] == [0, 1]
+    assert {f"accuracy-{name}" for name in task.TASKS} <= set(rows[1])
+    assert ("cluster-accuracy" in rows[1]) == (strategy == "tac")
+    assert rows[1]["rejected"] == rows[1]["missing"] == 0
+    for name in task.TASKS:
+        assert PeftConfig.from_pretrained(str(tmp_path / "adapters" / name)).r == (1 if strategy == "tac" else 5)
+
+
+@pytest.mark.slow
+def test_clustering_beats_one_shared_adapter_and_is_near_the_true_tasks(app, tmp_path):
+    names = ("tac", "oracle", "fedavg")
+    rows = {name: run(app, tmp_path / name, strategy=name, num_rounds=6, seed=1) for name in names}
+    accuracy = {name: np.mean([row["accuracy"] for row in rows[name][-3:]]) for name in names}
+    assert accuracy["tac"] >= accuracy["fedavg"] + 0.10
+    assert accuracy["tac"] >= accuracy["oracle"] - 0.015
+    assert min(row["cluster-accuracy"] for row in rows["tac"][4:]) >= 0.95
