@@ -37,13 +37,13 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.entries: list[Entry] = []
+        self.entries: dict[int, list[Entry]] = {}  # by round
         self._counts: dict[int, Counter[str]] = {}
         self._start = time.monotonic()
 
     def enter(self, entry: Entry) -> None:
         """Enter one message."""
-        self.entries.append(entry)
+        self.entries.setdefault(entry.server_round, []).append(entry)
 
     def note(self, server_round: int, **counts: int) -> None:
         """Add to the counts of a round: asked, replies, skips, missing, rejected."""
@@ -54,9 +54,8 @@ class Ledger:
         counts = self._counts.get(server_round, Counter())
         totals = {key: counts[key] for key in ("asked", "replies", "skips", "missing", "rejected")}
         for direction in ("uplink", "downlink"):
-            totals[f"{direction}-bytes"] = sum(
-                e.object_bytes for e in self.entries if (e.server_round, e.direction) == (server_round, direction)
-            )
+            entries = self.entries.get(server_round, [])
+            totals[f"{direction}-bytes"] = sum(e.object_bytes for e in entries if e.direction == direction)
         return totals
 
     def recording(self, evaluate_fn: EvaluateFn, *, to: str | Path) -> EvaluateFn:
