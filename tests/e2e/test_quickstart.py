@@ -53,9 +53,9 @@ def test_training_converges_with_a_third_of_the_replies_lost(tmp_path):
     assert 0.2 < sum(row["missing"] for row in rows) / sum(row["asked"] for row in rows) < 0.4
 
 
-def test_the_published_form_of_aquila_does_not_learn_here(tmp_path):
+def test_the_published_form_of_aquila_does_not_converge_here(perfect_link, tmp_path):
     found = run(tmp_path / "out", "--strategy", "aquila-published")["aquila-published"]
-    assert found["accuracy-mean"] < 0.6
+    assert found["accuracy-mean"] < perfect_link["aquila"]["accuracy-mean"] - 0.1
 
 
 def test_the_adapter_loads_with_plain_peft(tmp_path):
