@@ -16,7 +16,6 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedkit.aggregation.cluster import ClusterMean, ClusterState
-from fedkit.aggregation.mean import weighted_mean
 from fedkit.aggregation.slots import join_slots, replicate, split_clusters, split_slots
 from fedkit.arrays import NamedArrays
 from fedkit.codec.quantize import Quantizer
@@ -86,9 +85,9 @@ class Tac(UpdateStrategy[ClusterState]):
         return super().start(grid, from_arrays(params), num_rounds, *args, **kwargs)
 
     def distribute(self, params: NamedArrays, node_ids: Sequence[int]) -> Mapping[int, NamedArrays]:
-        """Return, for each slot of each node, the adapter of its cluster; their mean for a node not known yet."""
+        """Return, for each slot of each node, the adapter of its cluster; v^0 for a node not known yet."""
         clusters = split_clusters(params)
-        newcomer = join_slots([weighted_mean(((1.0, adapter) for adapter in clusters), like=clusters[0])])
+        newcomer = join_slots([self.state.start])
         names, assignment = self.registry.names(node_ids), self.state.assignment
         return {
             node_id: join_slots([clusters[k] for k in assignment[names[node_id]]])

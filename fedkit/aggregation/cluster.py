@@ -25,9 +25,8 @@ which then start alike and never part; `distinct=False` does that.
 
 Where the paper says nothing: a cluster takes the number of the former adapter it is nearest to (the cheapest
 one-to-one matching), and a cluster that nobody is in keeps its adapter. A client that missed rounds gets the
-present adapters of its clusters, where the paper leaves it with its own stale ones; one that the server does not
-know starts from the mean of all clusters, which in the first round is v^0. There are never more clusters than
-different adapters.
+present adapters of its clusters, where the paper leaves it with its own stale ones; one that comes late starts
+from v^0, like all before it. There are never more clusters than different adapters.
 """
 
 from __future__ import annotations
@@ -54,8 +53,9 @@ _STARTS, _STEPS = 20, 50  # of k-means: the best of so many starts, each so many
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """Which cluster each slot was last in."""
+    """What a client that is not known starts from, and which cluster each slot of the others was last in."""
 
+    start: NamedArrays = field(default_factory=dict)
     assignment: Assignment = field(default_factory=dict)
 
 
@@ -75,8 +75,9 @@ class ClusterMean:
             raise ConfigError('clustering needs scipy, which is missing. Do: pip install "fedkit[cluster]".')
 
     def init(self, params: NamedArrays) -> ClusterState:
-        """Return the state of a server that knows nobody."""
-        return ClusterState()
+        """Return the state of a server that knows nobody: who comes starts from the mean of the first clusters."""
+        clusters = split_clusters(params)
+        return ClusterState(weighted_mean(((1.0, adapter) for adapter in clusters), like=clusters[0]))
 
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: ClusterState
@@ -100,7 +101,8 @@ class ClusterMean:
         for name, label in zip(clients, labels, strict=True):
             found[name] = (*found.get(name, ()), label)
         metrics = {"adapters": len(labels), "clusters": len(set(labels))}
-        return Aggregate(join_clusters(clusters), ClusterState({**state.assignment, **found}), metrics)
+        state = ClusterState(state.start, {**state.assignment, **found})
+        return Aggregate(join_clusters(clusters), state, metrics)
 
     def label(self, clients: Sequence[str], points: Points, former: Points) -> list[int]:
         """Return the cluster of each adapter.
@@ -133,13 +135,16 @@ def kmeans(points: Points, num_clusters: int, *, seed: int, owners: Sequence[str
     count = min(num_clusters, len(np.unique(points, axis=0)))
     short = np.asarray(np.linalg.qr((points - points.mean(axis=0)).T, mode="r")).T  # the same distances
     rng = np.random.default_rng(seed)
-    runs = [_lloyd(short, _spread(short, count, rng), groups) for _ in range(_STARTS)]
+    runs = [_lloyd(short, _spread(short, groups, count, rng), groups) for _ in range(_STARTS)]
     return [int(label) for label in min(runs, key=lambda run: run[0])[1]]
 
 
-def _spread(points: Points, count: int, rng: np.random.Generator) -> Points:
-    """Return `count` rows, each drawn with the square of its distance to those before it (k-means++)."""
-    chosen = [int(rng.integers(len(points)))]
+def _spread(points: Points, groups: list[NDArray[np.int64]], count: int, rng: np.random.Generator) -> Points:
+    """Return `count` rows: a random group, then each drawn with the square of its distance to those before it.
+
+    With groups of one row each this is k-means++.
+    """
+    chosen: list[int] = groups[rng.integers(len(groups))][:count].tolist()
     nearest = _distances(points, points[chosen]).min(axis=1)
     while len(chosen) < count and nearest.any():
         chosen.append(int(rng.choice(len(points), p=nearest / nearest.sum())))

@@ -73,6 +73,13 @@ def test_slots_of_one_client_never_share_a_cluster():
     }
 
 
+def test_the_best_of_the_starts_is_found_when_many_slots_must_differ():
+    rng = np.random.default_rng(0)
+    owners = [name for name in "abcdefgh" for _ in range(5)]
+    points = np.tile(rng.normal(size=(5, 500)), (8, 1)) + rng.normal(size=(40, 500)) * 2
+    assert partition(kmeans(points, 5, seed=0, owners=owners)) == partition(list(range(5)) * 8)
+
+
 def test_a_client_with_more_slots_than_clusters_may_share_one():
     assert partition(kmeans(blobs([0, 0, 1]), 2, seed=0, owners=["a"] * 3)) == partition([0, 0, 1])
 
@@ -111,7 +118,7 @@ def test_weighted_clusters_count_examples():
 
 def test_an_empty_cluster_keeps_its_adapter_and_absent_clients_their_clusters():
     clusters = [adapter(0, 0), adapter(9, 9), adapter(-9, 9)]
-    state = ClusterState({"a": (1,), "z": (2, 0)})
+    state = ClusterState(assignment={"a": (1,), "z": (2, 0)})
     params, state, metrics = aggregate(ClusterMean(3), clusters, {"a": [adapter(9, 7)]}, state)
     np.testing.assert_array_equal(params["cluster-0/w"], [0, 0])
     np.testing.assert_array_equal(params["cluster-1/w"], [9, 7])
@@ -121,7 +128,7 @@ def test_an_empty_cluster_keeps_its_adapter_and_absent_clients_their_clusters():
 
 
 def test_a_round_without_adapters_changes_nothing():
-    clusters, state = [adapter(1, 2)], ClusterState({"a": (0,)})
+    clusters, state = [adapter(1, 2)], ClusterState(assignment={"a": (0,)})
     params, after, _ = aggregate(ClusterMean(1), clusters, {}, state)
     np.testing.assert_array_equal(params["cluster-0/w"], [1, 2])
     assert after == state
@@ -141,6 +148,12 @@ def test_slots_and_clusters_come_apart_as_they_were_put_together():
     assert split_clusters(join_clusters(adapters)) == adapters
     assert list(join_slots(adapters)) == ["slot-0/w", "slot-1/w"]
     assert count_slots(join_slots(adapters)) == 2
+
+
+def test_arrays_without_prefix_are_one_adapter():
+    plain = adapter(1, 2)
+    assert split_slots(plain, 1)[0] is split_clusters(plain)[0] is plain
+    assert count_slots(adapter(1, 2)) == 1
 
 
 def test_a_slot_that_was_not_sent_starts_from_slot_0():

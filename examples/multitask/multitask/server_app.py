@@ -1,7 +1,7 @@
 """The server: start from one fresh adapter, run the rounds, test every task after each, save the adapters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, MetricRecord
@@ -12,7 +12,7 @@ from fedkit.aggregation.cluster import Assignment, ClusterMean, Points, cluster_
 from fedkit.aggregation.slots import join_slots, split_clusters, split_slots
 from fedkit.arrays import NamedArrays
 from fedkit.clients.adapters import get_adapter, set_adapter
-from fedkit.config import check_keys, parse
+from fedkit.config import parse
 from fedkit.faults import Faults
 from fedkit.message import from_arrays, to_arrays
 from fedkit.rounds import RoundGrid
@@ -35,18 +35,17 @@ class ByTask(ClusterMean):
 
 def build_strategy(config: task.Config) -> Strategy:
     """Return the strategy that the run config names, for all clients, evaluated on the server alone."""
-    names = {"tac": Tac, "tac-published": Tac.published, "oracle": Tac}
-    check_keys([config.strategy], [*names, "fedavg", "fedavg-heads"], what="strategy")
     if config.shared:
-        return build(replace(config, strategy="fedavg"))
+        return build(config)
     everybody = config.num_clients
-    strategy = names[config.strategy](
+    strategy = Tac(
         num_clusters=len(task.TASKS),
+        distinct=config.clustering == "distinct",
         fraction_evaluate=0.0,
         min_train_nodes=everybody,
         min_available_nodes=everybody,
     )
-    if config.strategy == "oracle":
+    if config.clustering == "oracle":
         strategy.aggregator = ByTask(len(task.TASKS), tasks=task.true_tasks(config))
     return strategy
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.assets import asset_path
-from fedkit.config import RunConfig
+from fedkit.config import RunConfig, check_keys
 from fedkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,16 +50,25 @@ class Config(RunConfig):
     r: int  # of one task's adapter
     lora_alpha: int
     dirichlet_alpha: float  # how unevenly tasks are spread: 100 is evenly
+    clustering: str  # of tac: "distinct"; "k-means": as published; "oracle": told the tasks, for comparison
+    heads: str  # of fedavg's adapter: "one", or one "per-task", as if all agreed on what the tasks are
+
+    def __post_init__(self) -> None:
+        # Named, for a dataclass with slots is another class than the one `super()` was compiled in.
+        RunConfig.__post_init__(self)
+        check_keys([self.strategy], ["tac", "fedavg"], what="strategy")
+        check_keys([self.clustering], ["distinct", "k-means", "oracle"], what="clustering")
+        check_keys([self.heads], ["one", "per-task"], what="heads")
 
     @property
     def shared(self) -> bool:
         """Whether there is one adapter for all tasks; it is then as large as all of theirs."""
-        return self.strategy.startswith("fedavg")
+        return self.strategy == "fedavg"
 
     @property
-    def heads(self) -> int:
-        """How many heads an adapter has: one, or one for each task, if all agree on what the tasks are."""
-        return len(TASKS) if self.strategy == "fedavg-heads" else 1
+    def num_heads(self) -> int:
+        """How many heads an adapter has."""
+        return len(TASKS) if self.shared and self.heads == "per-task" else 1
 
 
 def build_backbone(num_labels: int) -> ViTForImageClassification:
@@ -90,7 +99,7 @@ def build_model(config: Config) -> PeftModel:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build_backbone(OUTPUTS * config.heads)
+        backbone = build_backbone(OUTPUTS * config.num_heads)
         pretrained = {name: value.float() for name, value in load_file(asset_path(ASSET)).items()}
         missing, unexpected = backbone.load_state_dict(pretrained, strict=False)
         if unexpected or any(not name.startswith("classifier.") for name in missing):
@@ -127,7 +136,7 @@ def load_split() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.flo
 
 def answers(name: str, digits: NDArray[np.int64], config: Config) -> NDArray[np.int64]:
     """Return the labels of a task for images of these digits, as numbers of outputs, head after head."""
-    head = list(TASKS).index(name) % config.heads
+    head = list(TASKS).index(name) % config.num_heads
     return np.asarray(TASKS[name], np.int64)[digits] + OUTPUTS * head
 
 
