@@ -12,7 +12,7 @@ import pytest
 from fedkit import assets
 from fedkit.assets import asset_path
 from fedkit.config import parse
-from fedkit.errors import ConfigError, FedkitError
+from fedkit.errors import FedkitError
 
 APP = Path(__file__).parents[2] / "examples" / "quickstart"
 
@@ -36,41 +36,9 @@ def config(task, run_config):
     return parse(task.Config, run_config)
 
 
-@pytest.fixture(scope="module")
-def labels(task):
-    return task.load_split()[1]
-
-
 def test_run_config_has_exactly_the_fields_of_config(task, run_config) -> None:
     fields = {field.name.replace("_", "-") for field in dataclasses.fields(task.Config)}
     assert set(run_config) == fields
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_partition_is_disjoint_and_covers_everything(task, labels, seed) -> None:
-    parts = task.partition(labels, num_clients=10, alpha=0.5, seed=seed)
-    assert len(parts) == 10
-    assert sorted(np.concatenate(parts)) == list(range(len(labels)))
-    assert min(map(len, parts)) >= task.MIN_IMAGES
-
-
-def test_partition_depends_on_the_seed_alone(task, labels) -> None:
-    first, again, other = (task.partition(labels, num_clients=10, alpha=0.5, seed=seed) for seed in (0, 0, 1))
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-def test_smaller_alpha_skews_labels_more(task, labels) -> None:
-    def largest_share(alpha: float) -> float:
-        parts = task.partition(labels, num_clients=10, alpha=alpha, seed=0)
-        return float(np.mean([np.bincount(labels[part]).max() / len(part) for part in parts]))
-
-    assert largest_share(0.5) > 0.25 > largest_share(100.0)
-
-
-def test_partition_that_cannot_exist_is_refused(task, labels) -> None:
-    with pytest.raises(ConfigError, match="dirichlet-alpha"):
-        task.partition(labels, num_clients=200, alpha=0.5, seed=0)
 
 
 def test_split_keeps_500_or_more_test_images_that_nobody_trains_on(task) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.assets import asset_path
+from fedkit.clients.partition import split
 from fedkit.config import RunConfig, check_keys
 from fedkit.errors import ConfigError
 
@@ -153,8 +154,7 @@ def partition(num_images: int, *, num_clients: int, alpha: float, seed: int) -> 
         parts: list[dict[str, NDArray[np.int64]]] = [{} for _ in range(num_clients)]
         for name in TASKS:
             shares = rng.dirichlet(np.full(num_clients, alpha))
-            cuts = (np.cumsum(shares)[:-1] * num_images).astype(np.int64)
-            for part, piece in zip(parts, np.split(rng.permutation(num_images), cuts), strict=True):
+            for part, piece in zip(parts, split(rng.permutation(num_images), shares), strict=True):
                 if len(piece) >= MIN_SHARE * num_images:
                     part[name] = piece
         if all(parts):

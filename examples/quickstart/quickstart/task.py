@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.assets import asset_path
+from fedkit.clients.partition import partition
 from fedkit.config import RunConfig
 from fedkit.errors import ConfigError
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 ASSET = "vit_8x8.safetensors"
 NUM_CLASSES = 10
 NUM_TEST = 540
-MIN_IMAGES = 10
-"""What a client must at least hold, so that its local training is not one batch of one class."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,32 +129,6 @@ def load_split() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.flo
     )
     images, labels = (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
     return images[train], labels[train], images[test], labels[test]
-
-
-def partition(labels: NDArray[np.int64], *, num_clients: int, alpha: float, seed: int) -> list[NDArray[np.int64]]:
-    """Return each client's indices into `labels`, every class spread by a draw from Dirichlet(`alpha`).
-
-    Raises
-    ------
-    ConfigError
-        If no draw leaves every client at least `MIN_IMAGES` images.
-    """
-    rng = np.random.default_rng(seed)
-    for _ in range(100):
-        parts: list[list[NDArray[np.int64]]] = [[] for _ in range(num_clients)]
-        for label in np.unique(labels):
-            members = rng.permutation(np.flatnonzero(labels == label))
-            shares = rng.dirichlet(np.full(num_clients, alpha))
-            cuts = (np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
-            for part, piece in zip(parts, np.split(members, cuts), strict=True):
-                part.append(piece)
-        joined = [np.concatenate(part) for part in parts]
-        if min(map(len, joined)) >= MIN_IMAGES:
-            return joined
-    raise ConfigError(
-        f"no split gives {num_clients} clients {MIN_IMAGES} of {len(labels)} images each "
-        f"at dirichlet-alpha {alpha}. Take fewer clients or a larger dirichlet-alpha."
-    )
 
 
 def halves(labels: NDArray[np.int64], *, num_clients: int, seed: int) -> list[NDArray[np.int64]]:
