@@ -1,0 +1,40 @@
+"""The server: start from a fresh adapter, run the rounds, test after each, save the adapter."""
+
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from fedkit.aggregation.slots import split_clusters
+from fedkit.clients.adapters import get_adapter, set_adapter
+from fedkit.config import parse
+from fedkit.faults import Faults
+from fedkit.message import from_arrays, to_arrays
+from fedkit.rounds import RoundGrid
+from fedkit.strategies import build
+from text_lora import task
+from text_lora.model import build_model
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train an adapter for sentences with the clients that `grid` reaches."""
+    config = parse(task.Config, context.run_config)
+    model, (_, rows) = build_model(config), task.load_split(config)
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        set_adapter(model, *split_clusters(to_arrays(arrays)))  # one, also under TAC, for there is one task
+        return MetricRecord(task.evaluate(model, rows, config))
+
+    rounds = RoundGrid(grid, faults=Faults(drop=config.drop, seed=config.seed))
+    result = build(config).start(
+        grid=rounds,
+        initial_arrays=from_arrays(get_adapter(model)),
+        num_rounds=config.num_rounds,
+        evaluate_fn=rounds.ledger.recording(evaluate, to=config.run_dir),
+    )
+    if config.run_dir:
+        set_adapter(model, *split_clusters(to_arrays(result.arrays)))
+        model.save_pretrained(Path(config.run_dir, "adapter"))
