@@ -10,7 +10,7 @@ from typing import ClassVar
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from fedkit.arrays import NamedArrays, check_finite, check_same_schema, subtract
-from fedkit.codec.wire import decode_snapshot
+from fedkit.codec.snapshot import decode_snapshot
 from fedkit.config import Scalar
 from fedkit.errors import FedkitError
 from fedkit.flower import ClientAppCallable, refusal

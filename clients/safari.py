@@ -22,7 +22,7 @@ from flwr.app import ConfigRecord
 from numpy.typing import NDArray
 
 from fedkit.arrays import Mask, NamedArrays, add, num_values, schema_digest, unflatten
-from fedkit.codec.entropy import pack_mask, unpack_mask
+from fedkit.codec.packing import pack_mask, unpack_mask
 from fedkit.codec.sparsify import density, prune_and_regrow, random_mask
 
 from .base import Coded, Job, UpdateMod

@@ -58,6 +58,11 @@ def flatten(arrays: NamedArrays) -> NDArray[np.float32]:
     return np.concatenate([np.asarray(a, np.float32).ravel() for a in arrays.values()])
 
 
+def flatten_mask(mask: Mask) -> NDArray[np.bool_]:
+    """Return all entries of a mask as one vector."""
+    return np.concatenate([np.zeros(0, np.bool_), *(part.ravel() for part in mask.values())])
+
+
 def unflatten(vector: NDArray[T], *, like: NamedArrays) -> dict[str, NDArray[T]]:
     """Return `vector` cut into arrays with the names and shapes of `like`; inverse of `flatten`.
 
@@ -81,7 +86,7 @@ def schema_digest(arrays: NamedArrays) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
-def check_same_schema(arrays: NamedArrays, *, like: NamedArrays) -> None:
+def check_same_schema(arrays: NamedArrays | Mask, *, like: NamedArrays | Mask) -> None:
     """Check that names, order and shapes agree.
 
     Raises

@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
 from fedkit.arrays import NamedArrays
-from fedkit.codec.quantize import AquilaMidTread, Quantizer, ZeroMidTread
+from fedkit.codec.baselines import Blocks, Qsgd, Sign
+from fedkit.codec.entropy_constrained import EntropyConstrained
+from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
+from fedkit.codec.rotation import Eden
+from fedkit.codec.sparsify import Magnitude, Structured, TopK
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError, ReplyError, WireFormatError
@@ -36,10 +40,16 @@ CLIENT_ID: Final = "client-id"
 BASE: Final = "base"
 SKIPPED: Final = "skipped"
 
-_QUANTIZERS: Final[dict[str, type[AquilaMidTread] | type[ZeroMidTread]]] = {
+QUANTIZERS: Final = {
     "aquila-mid-tread": AquilaMidTread,
+    "blocks": Blocks,
+    "eden": Eden,
+    "entropy-constrained": EntropyConstrained,
+    "qsgd": Qsgd,
+    "sign": Sign,
     "zero-mid-tread": ZeroMidTread,
 }
+SPARSIFIERS: Final = {"magnitude": Magnitude, "structured": Structured, "top-k": TopK}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,18 +185,26 @@ def _config_of(content: RecordDict) -> ConfigRecord | None:
 
 
 def _codec_to_text(codec: Codec) -> str:
-    if codec.quantizer is None:
-        return "{}"
-    for name, cls in _QUANTIZERS.items():
-        if isinstance(codec.quantizer, cls):
-            return json.dumps({name: asdict(codec.quantizer)})
-    raise ConfigError(f"expected one of fedkit's quantizers, got {codec.quantizer!r}: nodes would not know it.")
+    stages = {"quantizer": (codec.quantizer, QUANTIZERS), "sparsifier": (codec.sparsifier, SPARSIFIERS)}
+    text = {}
+    for stage, (chosen, known) in stages.items():
+        if chosen is None:
+            continue
+        names = [name for name, cls in known.items() if cls is type(chosen)]
+        if not names:
+            raise ConfigError(f"expected one of fedkit's {stage}s, got {chosen!r}: nodes would not know it.")
+        text[stage] = {names[0]: asdict(chosen)}
+    return json.dumps(text)
 
 
 def _codec_from_text(text: str) -> Codec:
     try:
-        named: dict[str, dict[str, int]] = json.loads(text)
-        quantizers: list[Quantizer] = [_QUANTIZERS[name](**fields) for name, fields in named.items()]
+        stages: dict[str, dict[str, dict[str, Any]]] = json.loads(text)
+        made = {}
+        for stage, known in (("quantizer", QUANTIZERS), ("sparsifier", SPARSIFIERS)):
+            made[stage] = [known[name](**fields) for name, fields in stages.pop(stage, {}).items()]
+        if stages:
+            raise KeyError(*stages)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{CODEC!r} cannot be read: {text!r} ({error}).") from None
-    return Codec(quantizers[0] if quantizers else None)
+    return Codec(*(stage[0] if stage else None for stage in made.values()))

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Self
 
 from fedkit.aggregation.lazy import LazyMean, LazyState, skip_threshold
 from fedkit.arrays import NamedArrays
-from fedkit.codec.quantize import AquilaMidTread, Quantizer, ZeroMidTread
+from fedkit.codec.protocol import Quantizer
+from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError

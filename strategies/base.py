@@ -17,7 +17,8 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from fedkit.aggregation.protocol import Aggregator, Cohort, Upload
 from fedkit.arrays import NamedArrays
-from fedkit.codec.wire import Codec, decode_masked, encode_snapshot
+from fedkit.codec.snapshot import encode_snapshot
+from fedkit.codec.wire import Codec, decode_masked
 from fedkit.config import Scalar
 from fedkit.errors import FedkitError, ReplyError
 from fedkit.ledger import Ledger

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from fedkit.aggregation.compensate import Compensated, CompensateState, Metric
 from fedkit.arrays import NamedArrays
-from fedkit.codec.quantize import Quantizer
+from fedkit.codec.protocol import Quantizer
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError

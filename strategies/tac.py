@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Result
 from fedkit.aggregation.cluster import ClusterMean, ClusterState
 from fedkit.aggregation.slots import join_slots, replicate, split_clusters, split_slots
 from fedkit.arrays import NamedArrays
-from fedkit.codec.quantize import Quantizer
+from fedkit.codec.protocol import Quantizer
 from fedkit.codec.wire import Codec
 from fedkit.errors import ConfigError, ReplyError
 from fedkit.message import Report, from_arrays, to_arrays

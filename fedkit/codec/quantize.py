@@ -1,4 +1,4 @@
-"""Real numbers ⇄ integer levels: AQUILA's quantizer as published, and the form that works.
+"""AQUILA's quantizer as published, and the form that works.
 
 Z. Zhao, Y. Mao, Z. Shi, et al., "AQUILA: Communication Efficient Federated Learning with Adaptive
 Quantization in Device Selection Strategy", IEEE TMC 23(6), 2024, https://arxiv.org/abs/2308.00258.
@@ -26,39 +26,77 @@ the published grid, which has no zero, then turns every entry into ±R.
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkit.codec.protocol import MAX_BITS, Group, Quantized, Take, check_bits, join
 from fedkit.errors import ConfigError, WireFormatError
 
-MAX_BITS = 16
 _SAMPLE = 4096  # values looked at to choose a scale
 
 
-class Quantized(NamedTuple):
-    """One group of values, as integers."""
+@dataclass(frozen=True, slots=True)
+class ScaledGroup:
+    """A group with a half-range: base of `MidRiseGroup` and `MidTreadGroup`."""
 
-    bits: int  # width of a level, 0 to 16; 0: every value is zero
+    bits: int  # 0: every value is zero
     scale: float  # half-range, a float32
-    levels: NDArray[np.uint16]  # shape (count,), each below 2**bits
-
-
-class Quantizer(Protocol):
-    """Values to levels. The inverse is a function of the grid alone: bytes describe themselves."""
+    count: int
+    _head: ClassVar = struct.Struct("<Bf")
 
     @property
-    def grid(self) -> int:
-        """Number of the grid on the wire; one grid, one meaning, for ever."""
+    def num_levels(self) -> int:
+        """One for each value."""
+        return self.count
 
-    @property
-    def per_array(self) -> bool:
-        """Whether each array is its own group, with own bits and scale."""
+    def to_bytes(self) -> bytes:
+        """Return bits and scale."""
+        return self._head.pack(self.bits, self.scale)
 
-    def quantize(self, values: NDArray[np.float32]) -> Quantized:
-        """Return `values`, shape (count,), as levels."""
+    @classmethod
+    def read(cls, take: Take, sizes: Sequence[int]) -> Self:
+        """Return the group; inverse of `to_bytes`."""
+        bits, scale = cls._head.unpack(take(cls._head.size))
+        if bits > MAX_BITS or not math.isfinite(scale) or scale < 0:
+            raise WireFormatError(
+                f"a group of {bits} bits and scale {scale}: expected 0 to {MAX_BITS}, and a finite scale."
+            )
+        return cls(bits, scale, sum(sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class MidRiseGroup(ScaledGroup):
+    """2^b levels from −scale to scale, evenly spaced, none at zero."""
+
+    grid: ClassVar[int] = 1
+
+    def dequantize(self, levels: NDArray[np.uint16]) -> NDArray[np.float32]:
+        """Return ``ψ · 2 scale / (2^b − 1) − scale``."""
+        if self.bits == 0:
+            return np.zeros(self.count, np.float32)
+        step = 2 * self.scale / (2**self.bits - 1)
+        return np.asarray(step * levels.astype(np.float64) - self.scale, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class MidTreadGroup(ScaledGroup):
+    """2^b − 1 levels from −scale to scale, evenly spaced, one of them zero."""
+
+    grid: ClassVar[int] = 2
+
+    def dequantize(self, levels: NDArray[np.uint16]) -> NDArray[np.float32]:
+        """Return ``(ψ − h) · scale / h`` with ``h = 2^(b−1) − 1``."""
+        if self.bits == 0:
+            return np.zeros(self.count, np.float32)
+        half = 2 ** (self.bits - 1) - 1
+        if half == 0 or (levels > 2 * half).any():
+            raise WireFormatError(f"a level lies outside the grid of {2 * half + 1} levels.")
+        return np.asarray(self.scale / half * (levels.astype(np.float64) - half), np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +107,22 @@ class AquilaMidTread:
     """
 
     max_bits: int = MAX_BITS
-    grid: ClassVar[int] = 1
+    group: ClassVar[type[Group]] = MidRiseGroup
     per_array: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_bits(1, self.max_bits)
+        check_bits(1, self.max_bits)
 
-    def quantize(self, values: NDArray[np.float32]) -> Quantized:
+    def quantize(self, parts: Sequence[NDArray[np.float32]], rng: np.random.Generator) -> Quantized:
         """Return ``ψ = ⌊(v + R) / (2 τ R) + 1/2⌋``, clipped to 0..2^b − 1."""
+        values = join(parts)
         scale = float(np.abs(values).max(initial=0))
         bits = adaptive_bits(values, 1, self.max_bits)
         if bits == 0:
-            return _nothing(values)
+            return Quantized(MidRiseGroup(0, 0.0, values.size), _no_levels(values))
         step = 2 * scale / (2**bits - 1)
         psi = np.floor((values.astype(np.float64) + scale) / step + 0.5)
-        return Quantized(bits, scale, np.clip(psi, 0, 2**bits - 1).astype(np.uint16))
+        return Quantized(MidRiseGroup(bits, scale, values.size), np.clip(psi, 0, 2**bits - 1).astype(np.uint16))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,47 +137,24 @@ class ZeroMidTread:
 
     min_bits: int = 2
     max_bits: int = 8
-    grid: ClassVar[int] = 2
+    group: ClassVar[type[Group]] = MidTreadGroup
     per_array: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_bits(self.min_bits, self.max_bits)
+        check_bits(self.min_bits, self.max_bits)
         if self.min_bits < 2:
             raise ConfigError(f"a grid with a zero needs at least 2 bits, got min_bits={self.min_bits}.")
 
-    def quantize(self, values: NDArray[np.float32]) -> Quantized:
+    def quantize(self, parts: Sequence[NDArray[np.float32]], rng: np.random.Generator) -> Quantized:
         """Return ``round(v / step)``, clipped and shifted to 0..2^b − 2."""
+        values = join(parts)
         bits = adaptive_bits(values, self.min_bits, self.max_bits)
         if bits == 0:
-            return _nothing(values)
+            return Quantized(MidTreadGroup(0, 0.0, values.size), _no_levels(values))
         half = 2 ** (bits - 1) - 1
         scale = _least_squares_scale(values, half)
         levels = np.clip(np.rint(values.astype(np.float64) / (scale / half)), -half, half)
-        return Quantized(bits, scale, (levels + half).astype(np.uint16))
-
-
-def dequantize(grid: int, group: Quantized) -> NDArray[np.float32]:
-    """Return the values that the levels stand for, shape (count,), identical on every machine.
-
-    Raises
-    ------
-    WireFormatError
-        For an unknown grid, or a level that the grid does not have.
-    """
-    if group.bits == 0:
-        return np.zeros(group.levels.size, np.float32)
-    if grid == AquilaMidTread.grid:
-        step = 2 * group.scale / (2**group.bits - 1)
-        values = step * group.levels.astype(np.float64) - group.scale
-    elif grid == ZeroMidTread.grid:
-        half = 2 ** (group.bits - 1) - 1
-        if half == 0 or (group.levels > 2 * half).any():
-            raise WireFormatError(f"a level lies outside the grid of {2 * half + 1} levels.")
-        step = group.scale / half
-        values = step * (group.levels.astype(np.float64) - half)
-    else:
-        raise WireFormatError(f"grid: expected 1 or 2, got {grid}. Was this sent by a newer fedkit?")
-    return np.asarray(values, np.float32)
+        return Quantized(MidTreadGroup(bits, scale, values.size), (levels + half).astype(np.uint16))
 
 
 def adaptive_bits(values: NDArray[np.float32], min_bits: int, max_bits: int) -> int:
@@ -166,10 +182,5 @@ def _least_squares_scale(values: NDArray[np.float32], half: int) -> float:
     return float(np.float32(scales[np.argmin(errors)])) or peak  # a subnormal can round to zero
 
 
-def _nothing(values: NDArray[np.float32]) -> Quantized:
-    return Quantized(0, 0.0, np.zeros(values.size, np.uint16))
-
-
-def _check_bits(min_bits: int, max_bits: int) -> None:
-    if not 1 <= min_bits <= max_bits <= MAX_BITS:
-        raise ConfigError(f"bits: expected 1 <= min_bits <= max_bits <= {MAX_BITS}, got {min_bits}, {max_bits}.")
+def _no_levels(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    return np.zeros(values.size, np.uint16)

@@ -1,12 +1,90 @@
-"""Which entries travel: boolean masks over named arrays, and the values under them."""
+"""Which entries travel: boolean masks over named arrays, and the values under them.
+
+`TopK` is of A. F. Aji and K. Heafield, "Sparse Communication for Distributed Gradient Descent", EMNLP 2017.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.arrays import Mask, NamedArrays
-from fedkit.errors import SchemaMismatchError
+from fedkit.arrays import Mask, NamedArrays, flatten, num_values, unflatten
+from fedkit.errors import ConfigError, SchemaMismatchError
+
+
+class Sparsifier(Protocol):
+    """Chooses the entries of an update that are sent."""
+
+    def mask(self, update: NamedArrays) -> dict[str, NDArray[np.bool_]]:
+        """Return True for the entries to send."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The share `density` of all entries that is largest in size; of equals, the first.
+
+    Law: no other mask of as many entries keeps more of the squared norm.
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+
+    def mask(self, update: NamedArrays) -> dict[str, NDArray[np.bool_]]:
+        """Return True for the largest entries over all arrays."""
+        sizes, kept = np.abs(flatten(update)), np.zeros(num_values(update), np.bool_)
+        kept[_largest(sizes, self.density)] = True
+        return unflatten(kept, like=update)
+
+
+@dataclass(frozen=True, slots=True)
+class Magnitude:
+    """The entries that are at least `times` the root mean square of their array."""
+
+    times: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.times >= 0:
+            raise ConfigError(f"times must be at least 0, got {self.times}.")
+
+    def mask(self, update: NamedArrays) -> dict[str, NDArray[np.bool_]]:
+        """Return True for the entries above the threshold of their array."""
+        squares = {name: np.square(a, dtype=np.float64) for name, a in update.items()}
+        return {name: a >= self.times**2 * (a.mean() if a.size else 0.0) for name, a in squares.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Structured:
+    """Whole rows (axis 0) or columns (axis 1) of each matrix, the share `density` with the largest norms.
+
+    Of LoRA factors: rows of ``lora_A`` and columns of ``lora_B`` belong to one rank each. Vectors are sent whole.
+    Law: at least one row, or column, of each matrix is sent.
+    """
+
+    density: float
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+        if self.axis not in (0, 1):
+            raise ConfigError(f"axis: expected 0 (rows) or 1 (columns), got {self.axis}.")
+
+    def mask(self, update: NamedArrays) -> dict[str, NDArray[np.bool_]]:
+        """Return True for the rows, or columns, that are sent."""
+        masks = {}
+        for name, array in update.items():
+            masks[name] = np.ones(array.shape, np.bool_)
+            if array.ndim >= 2 and array.size:
+                lines = np.moveaxis(array, self.axis, 0)
+                norms = np.square(lines, dtype=np.float64).reshape(len(lines), -1).sum(axis=1)
+                kept = np.zeros(len(lines), np.bool_)
+                kept[_largest(norms, self.density)] = True
+                np.moveaxis(masks[name], self.axis, 0)[~kept] = False
+        return masks
 
 
 def gather(arrays: NamedArrays, mask: Mask | None) -> list[NDArray[np.float32]]:
@@ -85,3 +163,14 @@ def prune_and_regrow(
             flat[inside[least]], flat[outside[most]] = False, True
         moved[name] = flat.reshape(kept.shape)
     return moved
+
+
+def _largest(sizes: NDArray[np.floating], density: float) -> NDArray[np.int64]:
+    """Return the indices of the share `density` of `sizes` that is largest, at least one if there is any."""
+    count = min(sizes.size, max(1, round(density * sizes.size)))
+    return np.argsort(-sizes, kind="stable")[:count]
+
+
+def _check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise ConfigError(f"density must be above 0 and at most 1, got {density}.")

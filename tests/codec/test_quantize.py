@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedkit.codec.quantize import AquilaMidTread, Quantized, ZeroMidTread, adaptive_bits, dequantize
+from fedkit.codec.protocol import Quantized
+from fedkit.codec.quantize import AquilaMidTread, MidTreadGroup, ZeroMidTread, adaptive_bits
 from fedkit.errors import ConfigError, WireFormatError
 
 QUANTIZERS = [
@@ -21,12 +22,16 @@ VALUES = arrays(np.float32, st.integers(0, 40), elements=st.floats(-(2.0**100), 
 every_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
 
 
+RNG = np.random.default_rng(0)
+
+
+def quantize(quantizer, values) -> Quantized:
+    return quantizer.quantize([values], RNG)
+
+
 def roundtrip(quantizer, values):
-    return dequantize(quantizer.grid, quantizer.quantize(values))
-
-
-def on_the_wire(group: Quantized) -> Quantized:
-    return Quantized(group.bits, float(np.float32(group.scale)), group.levels)
+    group, levels = quantize(quantizer, values)
+    return group.dequantize(levels)
 
 
 @every_quantizer

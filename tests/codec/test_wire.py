@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from fedkit.arrays import num_values
 from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
-from fedkit.codec.wire import Codec, decode, decode_masked, decode_snapshot, encode_snapshot, read_header
+from fedkit.codec.snapshot import decode_snapshot, encode_snapshot
+from fedkit.codec.wire import Codec, decode, decode_masked, read_header
 from fedkit.errors import CodecError, SchemaMismatchError, UnsupportedVersionError, WireFormatError
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "wire" / "v1"

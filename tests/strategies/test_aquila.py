@@ -9,7 +9,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from fedkit.clients import AquilaMod
-from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread, dequantize
+from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.errors import ConfigError, QuorumError
 from fedkit.message import FRAME, STYPE, to_arrays
 from fedkit.rounds import RoundGrid
@@ -65,7 +65,7 @@ def test_agrees_with_an_obvious_twin(quantizer, weighted, beta):
             local = theta + np.float32(rate) * (goals[m] - theta)
             v = (local - theta) - q[m]
             coded = np.concatenate(
-                [dequantize(quantizer.grid, quantizer.quantize(part)) for part in np.split(v, cuts)]
+                [group.dequantize(levels) for group, levels in (quantizer.quantize([p], None) for p in np.split(v, cuts))]
             )
             size = np.square(coded.astype(np.float64)).sum() + np.square((v - coded).astype(np.float64)).sum()
             if k > 0 and size <= threshold:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkit.codec.entropy import pack_levels, pack_mask, packed_size, unpack_levels, unpack_mask
+from fedkit.codec.packing import pack_levels, pack_mask, packed_size, unpack_levels, unpack_mask
 from fedkit.errors import WireFormatError
 
 

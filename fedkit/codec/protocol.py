@@ -1,0 +1,90 @@
+"""What every quantizer is: real numbers ⇄ integer levels.
+
+A `Quantizer` makes of a group of values a `Group` and its levels. The group is what a receiver must know to turn
+the levels back; its `grid` number says on the wire how to read it. So the inverse needs no quantizer: bytes
+describe themselves.
+
+=====================  ============================================  =====================================
+quantizer              in one line                                   file
+=====================  ============================================  =====================================
+`EntropyConstrained`   ours: least error at a rate the user sets     `entropy_constrained.py`, `signs.py`
+`ZeroMidTread`         AQUILA's level b*, with a zero                `quantize.py`
+`AquilaMidTread`       AQUILA as published                           `quantize.py`
+`Qsgd`                 unbiased random rounding                      `baselines.py`
+`Sign`                 1 bit, for error feedback                     `baselines.py`
+`Blocks`               k bits, a scale per block                     `baselines.py`
+`Eden`                 random rotation, then 1 to 4 bits             `rotation.py`
+=====================  ============================================  =====================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Final, NamedTuple, Protocol, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkit.errors import ConfigError
+
+MAX_BITS: Final = 16
+
+Take: TypeAlias = Callable[[int], memoryview]
+"""Takes so many bytes off a frame; raises WireFormatError if there are fewer."""
+
+
+class Group(Protocol):
+    """What turns the levels of a group of values back into values."""
+
+    grid: ClassVar[int]  # its number on the wire; one grid, one meaning, for ever
+
+    @property
+    def bits(self) -> int:
+        """Width of a packed level, 0 to 16."""
+
+    @property
+    def num_levels(self) -> int:
+        """How many levels there are."""
+
+    def to_bytes(self) -> bytes:
+        """Return the group as it travels; its number of values travels elsewhere."""
+
+    @classmethod
+    def read(cls, take: Take, sizes: Sequence[int]) -> Self:
+        """Return the group of arrays of `sizes` values; inverse of `to_bytes`. Raises WireFormatError."""
+
+    def dequantize(self, levels: NDArray[np.uint16]) -> NDArray[np.float32]:
+        """Return the values, the same on every machine. Raises WireFormatError for a level that is none."""
+
+
+class Quantized(NamedTuple):
+    """One group of values, as integers."""
+
+    group: Group
+    levels: NDArray[np.uint16]
+
+
+class Quantizer(Protocol):
+    """Values to levels."""
+
+    @property
+    def group(self) -> type[Group]:
+        """What its groups are."""
+
+    @property
+    def per_array(self) -> bool:
+        """Whether each array is its own group; else all are one."""
+
+    def quantize(self, parts: Sequence[NDArray[np.float32]], rng: np.random.Generator) -> Quantized:
+        """Return the values of one array, or of all, each of shape (count,), as the levels of one group."""
+
+
+def join(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return the values of all parts as one vector."""
+    return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.float32), *parts])
+
+
+def check_bits(min_bits: int, max_bits: int) -> None:
+    """Raise ConfigError unless ``1 <= min_bits <= max_bits <= 16``."""
+    if not 1 <= min_bits <= max_bits <= MAX_BITS:
+        raise ConfigError(f"bits: expected 1 <= min_bits <= max_bits <= {MAX_BITS}, got {min_bits}, {max_bits}.")

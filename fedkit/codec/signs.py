@@ -1,0 +1,122 @@
+"""Signs of chosen blocks: below one bit per entry, the least error for values of almost equal size.
+
+Local training with Adam moves every entry by about the learning rate, step after step: the entries of an update
+differ little in size, and to say which are large costs more than it brings. So whole blocks of consecutive entries
+are sent or not, those of the largest mean size first; of what is sent the sign, with one scale per array.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkit.codec.protocol import Quantized, Take, join
+from fedkit.errors import WireFormatError
+
+MIN_BLOCK: Final = 64  # entries
+MAX_BLOCK: Final = 1024
+NUM_BLOCKS: Final = 128  # about as many, if their entries are between the two
+
+
+class Blocks(NamedTuple):
+    """How arrays are cut into blocks: consecutive entries, an array's last one shorter."""
+
+    starts: NDArray[np.int64]  # of each block, in the joined values
+    sizes: NDArray[np.int64]
+    owner: NDArray[np.int64]  # the array that a block is of
+
+    @classmethod
+    def of(cls, sizes: Sequence[int]) -> Self:
+        """Return the blocks of arrays of `sizes` entries: about 128 in all, of 64 to 1,024 entries."""
+        block = min(max(-(-sum(sizes) // NUM_BLOCKS), MIN_BLOCK), MAX_BLOCK)
+        counts = [-(-size // block) for size in sizes]
+        owner = np.repeat(np.arange(len(sizes)), counts)
+        within = np.concatenate([np.zeros(0, np.int64), *(block * np.arange(count) for count in counts)])
+        ends = np.cumsum([0, *sizes])
+        starts = within + ends[owner]
+        return cls(starts, np.minimum(block, ends[owner + 1] - starts), owner)
+
+
+@dataclass(frozen=True, slots=True)
+class SignsGroup:
+    """One bit for each entry of the blocks that are sent."""
+
+    scales: NDArray[np.float32]  # one for each array, with the 16 leading bits of a float32; 0 if nothing is sent
+    sent: NDArray[np.bool_]  # one for each block
+    sizes: tuple[int, ...]  # of the arrays
+    grid: ClassVar[int] = 6
+    bits: ClassVar[int] = 1
+
+    @property
+    def num_levels(self) -> int:
+        """One for each entry of a block that is sent."""
+        return int(Blocks.of(self.sizes).sizes[self.sent].sum())
+
+    def to_bytes(self) -> bytes:
+        """Return which blocks are sent, and the scales of their arrays."""
+        scales = self.scales[np.unique(Blocks.of(self.sizes).owner[self.sent])]
+        return np.packbits(self.sent, bitorder="little").tobytes() + _leading(scales).astype("<u2").tobytes()
+
+    @classmethod
+    def read(cls, take: Take, sizes: Sequence[int]) -> Self:
+        """Return the group; inverse of `to_bytes`."""
+        owner = Blocks.of(sizes).owner
+        bits = np.unpackbits(np.frombuffer(take(-(-owner.size // 8)), np.uint8), bitorder="little")
+        if bits[owner.size :].any():
+            raise WireFormatError("signs: the padding bits are not zero.")
+        sent = bits[: owner.size].astype(np.bool_)
+        owners, scales = np.unique(owner[sent]), np.zeros(len(sizes), np.float32)
+        raw = np.frombuffer(take(2 * owners.size), "<u2").astype(np.uint32)
+        scales[owners] = (raw << np.uint32(16)).view(np.float32)
+        if not (np.isfinite(scales) & (scales >= 0)).all():
+            raise WireFormatError("signs: a scale is negative or not finite.")
+        return cls(scales, sent, tuple(sizes))
+
+    def dequantize(self, levels: NDArray[np.uint16]) -> NDArray[np.float32]:
+        """Return plus or minus the array's scale; entries of blocks that were not sent are zero."""
+        if levels.size and int(levels.max()) > 1:
+            raise WireFormatError("signs: a level is neither 0 nor 1.")
+        blocks = Blocks.of(self.sizes)
+        signs = np.zeros(sum(self.sizes), np.float32)
+        signs[np.repeat(self.sent, blocks.sizes)] = 2 * levels.astype(np.float32) - 1
+        return signs * np.repeat(self.scales, self.sizes)
+
+
+def choose_signs(parts: Sequence[NDArray[np.float32]], budget: float) -> tuple[NDArray[np.bool_], float]:
+    """Return the blocks to send in `budget` bits so that their signs lose the least, and the energy kept."""
+    blocks = Blocks.of([part.size for part in parts])
+    totals = _totals(parts, blocks)
+    order = np.argsort(-totals / blocks.sizes, kind="stable")
+    left = budget - blocks.sizes.size - 16 * np.minimum(len(parts), np.arange(1, order.size + 1))
+    sent = np.zeros(order.size, np.bool_)
+    sent[order[np.cumsum(blocks.sizes[order]) - blocks.sizes[order] // 2 <= left]] = True
+    by_array = np.bincount(blocks.owner[sent], totals[sent], len(parts))
+    entries = np.bincount(blocks.owner[sent], blocks.sizes[sent], len(parts))
+    return sent, float((by_array[entries > 0] ** 2 / entries[entries > 0]).sum())
+
+
+def signs_of(parts: Sequence[NDArray[np.float32]], sent: NDArray[np.bool_]) -> Quantized:
+    """Return the signs of the blocks that are `sent`, with the mean size of each array's entries as its scale."""
+    sizes = tuple(part.size for part in parts)
+    blocks = Blocks.of(sizes)
+    entries = np.bincount(blocks.owner[sent], blocks.sizes[sent], len(parts))
+    totals = np.bincount(blocks.owner[sent], _totals(parts, blocks)[sent], len(parts))
+    means = np.divide(totals, entries, out=np.zeros(len(parts)), where=entries > 0).astype(np.float32)
+    scales = (_leading(means).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    kept = join(parts)[np.repeat(sent, blocks.sizes)]
+    return Quantized(SignsGroup(scales, sent, sizes), (kept >= 0).astype(np.uint16))
+
+
+def _totals(parts: Sequence[NDArray[np.float32]], blocks: Blocks) -> NDArray[np.float64]:
+    """Return the sum of the sizes of each block's entries."""
+    flat = join(parts)
+    return np.add.reduceat(np.abs(flat), blocks.starts, dtype=np.float64) if flat.size else np.zeros(0)
+
+
+def _leading(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Return the 16 leading bits of each float32, rounded down."""
+    return (numbers.view(np.uint32) >> np.uint32(16)).astype(np.uint16)

@@ -1,0 +1,64 @@
+"""Snapshots: dense float32 frames that bring names and shapes along, for a receiver that has nothing yet."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkit.arrays import NamedArrays, check_finite, num_values
+from fedkit.codec.sections import FLOAT32
+from fedkit.codec.wire import HEADER_SIZE, decode, read_header, seal
+from fedkit.errors import CodecError, WireFormatError
+
+MAX_SCHEMA_BYTES: Final = 2**20  # names and shapes, as JSON
+
+
+def encode_snapshot(arrays: NamedArrays) -> bytes:
+    """Return a dense float32 frame that brings its names and shapes along.
+
+    Raises
+    ------
+    CodecError
+        If an entry is NaN or infinite.
+    """
+    check_finite(arrays)
+    text = json.dumps([[name, array.shape] for name, array in arrays.items()], separators=(",", ":"))
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise CodecError(f"names and shapes take {len(text)} bytes: expected at most {MAX_SCHEMA_BYTES}.")
+    body = [np.asarray(array, "<f4").tobytes() for array in arrays.values()]
+    return seal(FLOAT32, 0, arrays, num_values(arrays), body, zlib.compress(text.encode(), 9))
+
+
+def decode_snapshot(data: bytes) -> dict[str, NDArray[np.float32]]:
+    """Return the arrays of a snapshot; inverse of `encode_snapshot`.
+
+    Raises
+    ------
+    CodecError
+        For bytes that are damaged, of another version, or not a snapshot.
+    """
+    header = read_header(data)
+    if header.grid != FLOAT32 or header.flags or not header.schema_size:
+        raise WireFormatError("expected a snapshot, got a frame without names and shapes.")
+    shapes = _read_schema(data[HEADER_SIZE : HEADER_SIZE + header.schema_size])
+    size = 4 * sum(math.prod(shape) for shape in shapes.values())
+    if size != len(data) - HEADER_SIZE - header.schema_size:  # before anything of that size is made
+        raise WireFormatError(f"the names and shapes call for {size} bytes of values, there are others.")
+    return decode(data, like={name: np.empty(shape, np.float32) for name, shape in shapes.items()})
+
+
+def _read_schema(section: bytes) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes; every limit is checked before anything of that size is made."""
+    try:
+        text = zlib.decompressobj().decompress(section, MAX_SCHEMA_BYTES)
+        shapes = {str(name): tuple(int(n) for n in shape) for name, shape in json.loads(text)}
+    except (zlib.error, ValueError, TypeError, RecursionError) as error:
+        raise WireFormatError(f"the schema section cannot be read ({error}).") from None
+    if any(len(shape) > 32 or min(shape, default=0) < 0 for shape in shapes.values()):
+        raise WireFormatError("the schema section holds an impossible shape.")
+    return shapes
