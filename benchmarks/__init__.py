@@ -1,0 +1,14 @@
+"""Every number that the README claims, one command each: ``python -m benchmarks.NAME`` from the repository root.
+
+- ``codec``: error against real bytes, speed and memory of our codecs and of every peer that installs, and bounds
+- ``aggregate``: the server's work on a thousand uploads, beside Flower's FedAvg on the same updates
+- ``innovations``: records what the codecs are measured on
+
+Each is small by default; ``--full`` makes the README's figures, ``--json FILE`` writes the table as data. Rows go
+to ``benchmark-runs/`` as they finish, and a repeated command continues there.
+"""
+
+import os
+
+for _pool in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "NUMBA", "BLOSC"):  # before numpy is there: one thread each
+    os.environ.setdefault(f"{_pool}_NUM_THREADS", "1")
