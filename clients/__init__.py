@@ -2,7 +2,8 @@
 
 from .aquila import AquilaMod
 from .base import UpdateMod
+from .error_feedback import ErrorFeedbackMod
 from .safari import SafariMod
 from .tac import TacMod
 
-__all__ = ["AquilaMod", "SafariMod", "TacMod", "UpdateMod"]
+__all__ = ["AquilaMod", "ErrorFeedbackMod", "SafariMod", "TacMod", "UpdateMod"]

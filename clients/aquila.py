@@ -40,7 +40,7 @@ class AquilaMod(UpdateMod):
         innovation = subtract(update, memory.settle(job.instructions.accepted))
         if squared_norm(innovation) == 0:
             return Coded(None, memory.digest)
-        frame = job.instructions.codec.encode(innovation)
+        frame = job.instructions.codec.encode(innovation, rng=job.rng)
         coded = decode(frame, like=update)
         size = squared_norm(coded) + squared_norm(subtract(innovation, coded))
         if size <= float(job.instructions.options["skip-threshold"]) and memory.digest != GENESIS:

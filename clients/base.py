@@ -1,16 +1,18 @@
-"""What every mod does: frame → arrays → the app's training → update → frame."""
+"""What every mod does: frames → arrays → the app's training → update → frame."""
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from fedkit.arrays import NamedArrays, check_finite, check_same_schema, subtract
-from fedkit.codec.snapshot import decode_snapshot
+from fedkit.broadcast import receive
 from fedkit.config import Scalar
 from fedkit.errors import FedkitError
 from fedkit.flower import ClientAppCallable, refusal
@@ -22,8 +24,8 @@ from fedkit.message import (
     client_id,
     frame_record,
     from_arrays,
-    read_frame,
     read_instructions,
+    read_parcel,
     read_scheme,
     report_record,
     to_arrays,
@@ -35,9 +37,15 @@ class Job:
     """One message's work."""
 
     client_id: str
-    sent: NamedArrays  # as the server sent them
+    sent: NamedArrays  # as the server has them
+    version: bytes  # of `sent`
     instructions: Instructions
     state: RecordDict  # of the Context: what this client may remember
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """Return a generator for this message: another in each round, the same when run again."""
+        return np.random.default_rng([self.instructions.server_round, zlib.crc32(self.client_id.encode())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +84,25 @@ class UpdateMod(ABC):
         if read_scheme(message) != self.scheme:
             return call_next(message, context)
         try:
-            sent = decode_snapshot(read_frame(message.content))
-            job = Job(client_id(context), sent, read_instructions(message), context.state)
+            parcel = read_parcel(message.content)
+            sent = receive(parcel, context.state)
+            job = Job(client_id(context), sent, parcel.version, read_instructions(message), context.state)
             given = self.prepare(job)
             (key,) = message.content.array_records
             message.content[key] = from_arrays(given)
             reply = call_next(message, context)
-            if reply.has_content() and message.metadata.message_type == MessageType.TRAIN:
-                self._code_reply(reply.content, given, job)
+            if reply.has_content():
+                coded = Coded(None)
+                if message.metadata.message_type == MessageType.TRAIN:
+                    coded = self._code_reply(reply.content, given, job)
+                report = Report(job.client_id, coded.base, coded.frame is None, job.version, coded.options)
+                reply.content[FEDKIT] = report_record(report)
         except FedkitError as error:
             return refusal(f"{type(error).__name__}: {error}", reply_to=message)
         return reply
 
-    def _code_reply(self, content: RecordDict, given: NamedArrays, job: Job) -> None:
-        """Replace the arrays of the app's reply by a frame, and add the report."""
+    def _code_reply(self, content: RecordDict, given: NamedArrays, job: Job) -> Coded:
+        """Replace the arrays of the app's reply by a frame."""
         if len(content.array_records) != 1:
             raise FedkitError(f"the app's reply: expected one ArrayRecord, got {len(content.array_records)}.")
         ((key, record),) = content.array_records.items()
@@ -102,4 +115,4 @@ class UpdateMod(ABC):
             del content[key]
         else:
             content[key] = frame_record(coded.frame)
-        content[FEDKIT] = report_record(Report(job.client_id, coded.base, coded.frame is None, coded.options))
+        return coded

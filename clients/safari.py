@@ -47,7 +47,7 @@ class SafariMod(UpdateMod):
         mask, options = load_mask(job), job.instructions.options
         magnitude = add(self.prepare(job), update) if options["sparse-model"] else update
         save_mask(job, prune_and_regrow(mask, magnitude, update, float(options["rewire"])))
-        return Coded(job.instructions.codec.encode(update, mask=None if density(mask) == 1 else mask))
+        return Coded(job.instructions.codec.encode(update, mask=None if density(mask) == 1 else mask, rng=job.rng))
 
 
 def load_mask(job: Job) -> dict[str, NDArray[np.bool_]]:

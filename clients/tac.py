@@ -36,4 +36,4 @@ class TacMod(UpdateMod):
         """Return the update of all slots as one frame, and say how many they are."""
         num_slots = count_slots(update)
         slots = join_slots(split_slots(update, num_slots))
-        return Coded(job.instructions.codec.encode(slots), options={"num-slots": num_slots})
+        return Coded(job.instructions.codec.encode(slots, rng=job.rng), options={"num-slots": num_slots})

@@ -8,6 +8,7 @@
     │   ├── WireFormatError          bytes that are not a frame, or a damaged one
     │   ├── UnsupportedVersionError  a frame of a format this fedkit does not know
     │   └── SchemaMismatchError      arrays of other names or shapes than expected
+    ├── VersionError                 a client that cannot rebuild the server's arrays
     ├── ReplyError                   one node's reply that cannot be used
     ├── QuorumError                  too few nodes, for too long
     └── LaunchError                  a Flower process that did not start, or a run that failed
@@ -22,6 +23,7 @@ __all__ = [
     "ReplyError",
     "SchemaMismatchError",
     "UnsupportedVersionError",
+    "VersionError",
     "WireFormatError",
 ]
 
@@ -48,6 +50,10 @@ class UnsupportedVersionError(CodecError):
 
 class SchemaMismatchError(CodecError):
     """Arrays of other names or shapes than expected."""
+
+
+class VersionError(FedkitError):
+    """A client that cannot rebuild the server's arrays from what it was sent."""
 
 
 class ReplyError(FedkitError):

@@ -26,7 +26,7 @@ from typing import Final, cast
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedkit.arrays import NamedArrays, add, zeros_like
+from fedkit.arrays import NamedArrays, add, subtract, zeros_like
 from fedkit.codec.wire import Codec, decode
 from fedkit.errors import CodecError
 from fedkit.message import STYPE
@@ -43,6 +43,8 @@ def chain(digest: bytes, frame: bytes) -> bytes:
 
 class ClientMemory:
     """What the server has from this client, kept in a Flower `Context`'s state.
+
+    An upload that arrived is added; see `Residual` for the other kind of memory.
 
     Parameters
     ----------
@@ -62,7 +64,7 @@ class ClientMemory:
     def settle(self, accepted: bytes) -> NamedArrays:
         """Commit, roll back or forget, by the digest of what the server accepted; return what it has."""
         if self._staged is not None and chain(self.digest, self._staged) == accepted:
-            self.arrays = add(self.arrays, decode(self._staged, like=self._like))
+            self.arrays = self._committed(decode(self._staged, like=self._like))
             self.digest = accepted
         elif accepted != self.digest:
             if self.digest != GENESIS or accepted != GENESIS:
@@ -76,6 +78,9 @@ class ClientMemory:
         """Remember an upload until the server says whether it arrived."""
         self._staged = frame
         self._save()
+
+    def _committed(self, upload: NamedArrays) -> NamedArrays:
+        return add(self.arrays, upload)
 
     def _load(self) -> tuple[bytes, NamedArrays, bytes | None]:
         record, digest = self._state.get(self._arrays_key), self._state.get(self._digest_key)
@@ -97,3 +102,18 @@ class ClientMemory:
             {name: Array("uint8", (len(data),), STYPE, data) for name, data in parts.items()}
         )
         self._state[self._digest_key] = ConfigRecord({"digest": self.digest})
+
+
+class Residual(ClientMemory):
+    """What the server has not got from this client yet: the memory of error feedback.
+
+    `keep` what is to be sent, then `stage` its frame: an upload that arrived is subtracted, one that was lost
+    leaves everything to be sent later.
+    """
+
+    def keep(self, arrays: NamedArrays) -> None:
+        """Replace what the server has not got."""
+        self.arrays = arrays
+
+    def _committed(self, upload: NamedArrays) -> NamedArrays:
+        return subtract(self.arrays, upload)

@@ -1,27 +1,23 @@
 """Every Flower record that fedkit writes or reads, and its keys.
 
-A *train* or *evaluate* message holds the arrays as one `Array` of stype ``fedkit/1``, whose data is a frame, and
-fedkit's instructions among the app's own config. A reply holds one frame, or none if the client chose to skip,
-the app's metrics, and a ConfigRecord ``fedkit`` with the report.
+A *train* or *evaluate* message holds one `Array` of stype ``fedkit/1``, whose data is a parcel of one frame or
+more, and fedkit's instructions among the app's own config. A reply holds one frame, or none if the client chose to
+skip or only evaluated, the app's metrics, and a ConfigRecord ``fedkit`` with the report.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Final, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
 from fedkit.arrays import NamedArrays
-from fedkit.codec.baselines import Blocks, Qsgd, Sign
-from fedkit.codec.entropy_constrained import EntropyConstrained
-from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
-from fedkit.codec.rotation import Eden
-from fedkit.codec.sparsify import Magnitude, Structured, TopK
+from fedkit.codec.names import from_text, to_text
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError, ReplyError, WireFormatError
@@ -34,22 +30,16 @@ SERVER_ROUND: Final = "server-round"
 SCHEME: Final = "fedkit-scheme"
 CODEC: Final = "fedkit-codec"
 ACCEPTED: Final = "fedkit-accepted"
+PARCEL_BASE: Final = "fedkit-parcel-base"
+PARCEL_VERSION: Final = "fedkit-parcel-version"
+PARCEL_DIGEST: Final = "fedkit-parcel-digest"
+PARCEL_SIZES: Final = "fedkit-parcel-sizes"
 OPTION_PREFIX: Final = "fedkit-option-"
 
 CLIENT_ID: Final = "client-id"
 BASE: Final = "base"
 SKIPPED: Final = "skipped"
-
-QUANTIZERS: Final = {
-    "aquila-mid-tread": AquilaMidTread,
-    "blocks": Blocks,
-    "eden": Eden,
-    "entropy-constrained": EntropyConstrained,
-    "qsgd": Qsgd,
-    "sign": Sign,
-    "zero-mid-tread": ZeroMidTread,
-}
-SPARSIFIERS: Final = {"magnitude": Magnitude, "structured": Structured, "top-k": TopK}
+VERSION: Final = "version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +54,23 @@ class Instructions:
 
 
 @dataclass(frozen=True, slots=True)
+class Parcel:
+    """The frames that bring one node to the server's arrays; see `fedkit.broadcast`."""
+
+    base: bytes  # the version that the first frame adds to; no version: it is a snapshot
+    version: bytes  # that the node then holds; none: it need not remember it
+    digest: bytes  # of its arrays
+    frames: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What a client says about its upload."""
 
     client_id: str  # stable name of the client, not Flower's random node id
     base: bytes  # digest of the memory that the upload adds to
     skipped: bool  # asked, answered, chose to send nothing
+    version: bytes  # of the arrays that the client holds
     options: Mapping[str, Scalar] = field(default_factory=dict)  # what this scheme alone needs
 
 
@@ -81,6 +82,33 @@ def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:
 def from_arrays(arrays: NamedArrays) -> ArrayRecord:
     """Return arrays as an ordinary ArrayRecord; inverse of `to_arrays`."""
     return ArrayRecord({name: Array(np.asarray(array, np.float32)) for name, array in arrays.items()})
+
+
+def write_parcel(content: RecordDict, key: str, config: ConfigRecord, parcel: Parcel) -> None:
+    """Write a parcel as the one Array of the ArrayRecord `key`, and what it is among the config."""
+    content[key] = frame_record(b"".join(parcel.frames))
+    config[PARCEL_BASE], config[PARCEL_VERSION], config[PARCEL_DIGEST] = parcel.base, parcel.version, parcel.digest
+    config[PARCEL_SIZES] = [len(frame) for frame in parcel.frames]
+
+
+def read_parcel(content: RecordDict) -> Parcel:
+    """Return the parcel of a message; inverse of `write_parcel`.
+
+    Raises
+    ------
+    WireFormatError
+        If there is none, or its sizes do not add up.
+    """
+    data, config = read_frame(content), _config_of(content) or ConfigRecord()
+    names = [config.get(key) for key in (PARCEL_BASE, PARCEL_VERSION, PARCEL_DIGEST)]
+    sizes = config.get(PARCEL_SIZES)
+    if not all(isinstance(name, bytes) for name in names) or not isinstance(sizes, list):
+        raise WireFormatError("the message does not say what its frames are.")
+    ends = list(accumulate(int(size) for size in sizes))
+    if min(sizes, default=1) < 1 or sum(sizes) != len(data):
+        raise WireFormatError(f"the frames take {len(data)} bytes: expected {sum(map(int, sizes))}.")
+    frames = tuple(data[end - size : end] for end, size in zip(ends, sizes, strict=True))
+    return Parcel(*cast(list[bytes], names), frames)
 
 
 def frame_record(frame: bytes) -> ArrayRecord:
@@ -106,7 +134,7 @@ def write_instructions(config: ConfigRecord, instructions: Instructions) -> None
     """Write the instructions among the app's own config."""
     config[SERVER_ROUND] = instructions.server_round
     config[SCHEME] = instructions.scheme
-    config[CODEC] = _codec_to_text(instructions.codec)
+    config[CODEC] = to_text(instructions.codec)
     config[ACCEPTED] = instructions.accepted
     _write_options(config, instructions.options)
 
@@ -131,13 +159,15 @@ def read_instructions(message: Message) -> Instructions:
     server_round, accepted = config.get(SERVER_ROUND), config.get(ACCEPTED)
     if not isinstance(server_round, int) or not isinstance(accepted, bytes):
         raise ConfigError(f"the message's {SERVER_ROUND!r} or {ACCEPTED!r} is missing or of a wrong type.")
-    codec = _codec_from_text(str(config.get(CODEC)))
+    codec = from_text(str(config.get(CODEC)))
     return Instructions(str(config[SCHEME]), server_round, codec, accepted, _read_options(config))
 
 
 def report_record(report: Report) -> ConfigRecord:
     """Return a report as the ConfigRecord ``fedkit`` of a reply."""
-    record = ConfigRecord({CLIENT_ID: report.client_id, BASE: report.base, SKIPPED: report.skipped})
+    record = ConfigRecord(
+        {CLIENT_ID: report.client_id, BASE: report.base, SKIPPED: report.skipped, VERSION: report.version}
+    )
     _write_options(record, report.options)
     return record
 
@@ -153,10 +183,12 @@ def read_report(content: RecordDict) -> Report:
     record = content.config_records.get(FEDKIT)
     if record is None:
         raise ReplyError("the reply holds no report. Is fedkit's mod among the ClientApp's mods?")
-    client_id, base, skipped = record.get(CLIENT_ID), record.get(BASE), record.get(SKIPPED)
-    if not (isinstance(client_id, str) and isinstance(base, bytes) and isinstance(skipped, bool)):
+    client_id, skipped = record.get(CLIENT_ID), record.get(SKIPPED)
+    base, version = record.get(BASE), record.get(VERSION)
+    hashes = isinstance(base, bytes) and isinstance(version, bytes)
+    if not (isinstance(client_id, str) and isinstance(skipped, bool) and hashes):
         raise ReplyError(f"the report is incomplete: it holds {sorted(record)}.")
-    return Report(client_id, base, skipped, _read_options(record))
+    return Report(client_id, cast(bytes, base), skipped, cast(bytes, version), _read_options(record))
 
 
 def client_id(context: Context) -> str:
@@ -182,29 +214,3 @@ def _read_options(config: ConfigRecord) -> dict[str, Scalar]:
 
 def _config_of(content: RecordDict) -> ConfigRecord | None:
     return next((record for record in content.config_records.values() if SCHEME in record), None)
-
-
-def _codec_to_text(codec: Codec) -> str:
-    stages = {"quantizer": (codec.quantizer, QUANTIZERS), "sparsifier": (codec.sparsifier, SPARSIFIERS)}
-    text = {}
-    for stage, (chosen, known) in stages.items():
-        if chosen is None:
-            continue
-        names = [name for name, cls in known.items() if cls is type(chosen)]
-        if not names:
-            raise ConfigError(f"expected one of fedkit's {stage}s, got {chosen!r}: nodes would not know it.")
-        text[stage] = {names[0]: asdict(chosen)}
-    return json.dumps(text)
-
-
-def _codec_from_text(text: str) -> Codec:
-    try:
-        stages: dict[str, dict[str, dict[str, Any]]] = json.loads(text)
-        made = {}
-        for stage, known in (("quantizer", QUANTIZERS), ("sparsifier", SPARSIFIERS)):
-            made[stage] = [known[name](**fields) for name, fields in stages.pop(stage, {}).items()]
-        if stages:
-            raise KeyError(*stages)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{CODEC!r} cannot be read: {text!r} ({error}).") from None
-    return Codec(*(stage[0] if stage else None for stage in made.values()))

@@ -3,7 +3,8 @@
 from .aquila import Aquila
 from .base import UpdateStrategy
 from .by_name import STRATEGIES, build
+from .error_feedback import ErrorFeedback
 from .safari import Safari
 from .tac import Tac
 
-__all__ = ["STRATEGIES", "Aquila", "Safari", "Tac", "UpdateStrategy", "build"]
+__all__ = ["STRATEGIES", "Aquila", "ErrorFeedback", "Safari", "Tac", "UpdateStrategy", "build"]

@@ -1,4 +1,4 @@
-"""Flower's round in fedkit's words: send frames, judge replies one by one, fold the uploads.
+"""Flower's round in fedkit's words: send changes, judge replies one by one, fold the uploads.
 
 A scheme is a subclass that names itself, its aggregation and its codec, and overrides one or two of the hooks
 `distribute`, `options` and `expected`. Everything else is here: fresh messages per node, the acknowledgement of
@@ -17,23 +17,24 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from fedkit.aggregation.protocol import Aggregator, Cohort, Upload
 from fedkit.arrays import NamedArrays
-from fedkit.codec.snapshot import encode_snapshot
+from fedkit.broadcast import ALL_NONZERO
 from fedkit.codec.wire import Codec, decode_masked
 from fedkit.config import Scalar
-from fedkit.errors import FedkitError, ReplyError
+from fedkit.errors import ConfigError, FedkitError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.memory import GENESIS
 from fedkit.message import (
     Instructions,
     Report,
-    frame_record,
     from_arrays,
     read_frame,
     to_arrays,
     write_instructions,
+    write_parcel,
 )
 from fedkit.rounds import RoundGrid
 
+from .downlink import Downlink
 from .options import FedAvgOptions
 from .replies import Registry, check_norm, mean_metrics, metrics_of, weight_of
 from .sampling import sample_nodes
@@ -52,6 +53,11 @@ class UpdateStrategy(FedAvg, Generic[S]):
         Uploads to new parameters.
     codec : Codec
         How clients code what they send.
+    downlink : Codec, optional
+        How the server codes the change of the arrays; `evaluate_fn` and the result then see the arrays that the
+        clients rebuilt (`fedkit.broadcast`). None: all arrays are sent, in float32.
+    initial : Codec
+        How the initial arrays are coded, once for each client; by default without loss.
     seed : int
         Of the choice of clients, when not all take part.
     node_timeout : float
@@ -61,6 +67,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
     """
 
     scheme: ClassVar[str]
+    one_for_all: ClassVar[bool] = True  # whether every node is sent the same arrays
     state: S  # what the aggregator remembers, from the first round on
 
     def __init__(
@@ -68,6 +75,8 @@ class UpdateStrategy(FedAvg, Generic[S]):
         aggregator: Aggregator[S],
         codec: Codec,
         *,
+        downlink: Codec | None = None,
+        initial: Codec = ALL_NONZERO,
         seed: int = 0,
         node_timeout: float = 600.0,
         **fedavg: Unpack[FedAvgOptions],
@@ -75,10 +84,12 @@ class UpdateStrategy(FedAvg, Generic[S]):
         fedavg.setdefault("train_metrics_aggr_fn", mean_metrics)
         fedavg.setdefault("evaluate_metrics_aggr_fn", mean_metrics)
         super().__init__(**fedavg)
+        if downlink is not None and not self.one_for_all:
+            raise ConfigError(f"downlink: {type(self).__name__} sends each node other arrays. Leave it unset.")
         self.aggregator, self.codec, self.seed, self.node_timeout = aggregator, codec, seed, node_timeout
+        self.downlink = Downlink(downlink, initial, seed)
         self.num_rounds = 1
-        self.ledger = Ledger()
-        self.registry = Registry()
+        self.ledger, self.registry = Ledger(), Registry()
         self._params: NamedArrays = {}
         self._cohort = Cohort(0, {})
 
@@ -105,7 +116,8 @@ class UpdateStrategy(FedAvg, Generic[S]):
         self.num_rounds = num_rounds
         grid = grid if isinstance(grid, RoundGrid) else RoundGrid(grid)
         self.ledger = grid.ledger
-        return super().start(grid, initial_arrays, num_rounds, *args, **kwargs)
+        params = self.downlink.begin(to_arrays(initial_arrays))
+        return super().start(grid, from_arrays(params), num_rounds, *args, **kwargs)
 
     def summary(self) -> None:
         """Log the settings."""
@@ -134,6 +146,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
         contents: list[RecordDict] = []
         uploads = self._uploads(judged, contents)
         params, self.state, metrics = self.aggregator(self._params, self._cohort, uploads, self.state)
+        params = self.downlink.advance(params, server_round)
         record = self.train_metrics_aggr_fn(contents, self.weighted_by_key) if contents else MetricRecord()
         record.update(metrics)
         return from_arrays(params), record
@@ -153,6 +166,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
         contents = []
         for reply in replies:
             try:
+                self.registry.read_version(reply)
                 weight_of(reply, self.weighted_by_key)
             except ReplyError as error:
                 logger.warning("node %d, evaluation: %s", reply.metadata.src_node_id, error)
@@ -176,17 +190,15 @@ class UpdateStrategy(FedAvg, Generic[S]):
     def _messages(
         self, kind: str, server_round: int, config: ConfigRecord, sent: Mapping[int, NamedArrays]
     ) -> list[Message]:
-        """Return a fresh message for each node; nodes that are sent the same arrays share one frame."""
+        """Return a fresh message for each node."""
         options = self.options(self._params)
-        frames: dict[int, bytes] = {}
         messages = []
-        for node_id, arrays in sent.items():
-            frame = frames.setdefault(id(arrays), b"") or encode_snapshot(arrays)
-            frames[id(arrays)] = frame
+        for node_id, parcel in self.downlink.parcels(sent, self.registry.versions):
             own = ConfigRecord(dict(config))
             accepted = self.registry.accepted_from(node_id)
             write_instructions(own, Instructions(self.scheme, server_round, self.codec, accepted, options))
-            content = RecordDict({self.arrayrecord_key: frame_record(frame), self.configrecord_key: own})
+            content = RecordDict({self.configrecord_key: own})
+            write_parcel(content, self.arrayrecord_key, own, parcel)
             messages.append(Message(content, dst_node_id=node_id, message_type=kind))
         return messages
 

@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from fedkit.config import RunConfig, check_keys
 
 from .aquila import Aquila
+from .error_feedback import ErrorFeedback
 from .safari import Safari
 from .tac import Tac
 
@@ -18,6 +19,7 @@ STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
     "fedavg": FedAvg,  # Flower's own
     "aquila": Aquila,
     "aquila-published": Aquila.published,
+    "error-feedback": ErrorFeedback,
     "safari": Safari,
     "safari-published": Safari.published,
     "safari-drop": partial(Safari, compensate=False),  # for comparison: missing clients are dropped

@@ -20,6 +20,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.accepted: dict[str, bytes] = {}  # by client id
+        self.versions: dict[int, bytes] = {}  # of the arrays that a node said it holds; by node id
         self._client_ids: dict[int, str] = {}  # by node id; known once a node has answered
 
     def order(self, node_id: int) -> tuple[str, int]:
@@ -38,7 +39,7 @@ class Registry:
         ReplyError
             If the node was not asked, is not the client it says, or adds to a history unknown here.
         """
-        node_id, report = reply.metadata.src_node_id, read_report(content_of(reply))
+        node_id, report = reply.metadata.src_node_id, self.read_version(reply)
         if node_id not in asked:
             raise ReplyError("it was not asked.")
         owners = {n for n, name in self._client_ids.items() if name == report.client_id and n in asked}
@@ -46,6 +47,20 @@ class Registry:
             raise ReplyError(f"another node of this round is client {report.client_id!r} already.")
         if report.base not in (GENESIS, self.accepted.get(report.client_id, GENESIS)):
             raise ReplyError("its upload adds to a history that the server does not have.")
+        return report
+
+    def read_version(self, reply: Message) -> Report:
+        """Return the report of a reply, and take note of what its node holds: nothing, if it is an error.
+
+        Raises
+        ------
+        ReplyError
+            If it is an error, or holds no report.
+        """
+        node_id = reply.metadata.src_node_id
+        self.versions.pop(node_id, None)
+        report = read_report(content_of(reply))
+        self.versions[node_id] = report.version
         return report
 
     def names(self, node_ids: Collection[int]) -> dict[int, str]:

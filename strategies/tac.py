@@ -51,6 +51,7 @@ class Tac(UpdateStrategy[ClusterState]):
     """
 
     scheme: ClassVar[str] = "tac"
+    one_for_all: ClassVar[bool] = False
 
     def __init__(
         self,

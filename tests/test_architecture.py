@@ -17,7 +17,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 LAYERS = [  # each may import from its own layer and from those below
     {"fedkit.cli", "fedkit.launch", "fedkit.report"},
     {"fedkit.strategies", "fedkit.clients"},
-    {"fedkit.rounds", "fedkit.memory", "fedkit.ledger", "fedkit.message"},
+    {"fedkit.broadcast", "fedkit.rounds", "fedkit.memory", "fedkit.ledger", "fedkit.message"},
     {"fedkit.flower", "fedkit.config"},
     {"fedkit.codec", "fedkit.aggregation", "fedkit.faults"},
     {"fedkit.arrays", "fedkit.errors", "fedkit.assets", "fedkit"},

@@ -1,13 +1,43 @@
-"""Weighted means and the server step."""
+"""Weighted means and the server step.
+
+`Mean` is FedAvg: H. B. McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized
+Data", AISTATS 2017, algorithm 1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.arrays import Mask, NamedArrays, zeros_like
+from fedkit.aggregation.protocol import Aggregate, Cohort, Upload
+from fedkit.arrays import Mask, NamedArrays, add, flatten, num_values, unflatten, zeros_like
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """Steps along the mean of the updates that arrived, one of them in memory at a time."""
+
+    weighted: bool = True  # by number of examples; False: every client counts the same
+
+    def init(self, params: NamedArrays) -> None:
+        """Return nothing: there is nothing to remember."""
+
+    def __call__(
+        self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: None
+    ) -> Aggregate[None]:
+        """Return params + mean of the uploads."""
+        total, sums = 0.0, np.zeros(num_values(params), np.float64)
+        for upload in uploads:
+            if upload.arrays is not None:
+                weight = upload.num_examples if self.weighted else 1.0
+                total += weight
+                sums += weight * flatten(upload.arrays).astype(np.float64)
+        if total:
+            sums /= total
+        return Aggregate(add(params, unflatten(sums.astype(np.float32), like=params)), None, {})
 
 
 def weighted_mean(

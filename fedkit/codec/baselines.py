@@ -26,7 +26,7 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.codec.protocol import Group, Quantized, Take, check_bits, join
+from fedkit.codec.protocol import CHUNK, MAX_FLOAT32, Group, Quantized, Take, check_bits, join
 from fedkit.codec.quantize import MidRiseGroup, MidTreadGroup
 from fedkit.errors import ConfigError, WireFormatError
 
@@ -49,7 +49,8 @@ class Qsgd:
         """Return each value rounded up or down at random, in proportion."""
         values = join(parts)
         half = 2 ** (self.bits - 1) - 1
-        scale = float(np.float32(np.linalg.norm(values.astype(np.float64)) * (1 + 1e-7)))  # not below the norm
+        norm = np.linalg.norm(values.astype(np.float64))
+        scale = float(np.float32(min(norm * (1 + 1e-7), MAX_FLOAT32)))  # not below the norm, nor any value
         if scale == 0:
             return Quantized(MidTreadGroup(0, 0.0, values.size), np.zeros(values.size, np.uint16))
         exact = values.astype(np.float64) * (half / scale)
@@ -73,7 +74,8 @@ class Sign:
         """Return 1 where a value is at least zero."""
         values = join(parts)
         scale = float(np.float32(np.abs(values).mean(dtype=np.float64))) if values.size else 0.0
-        return Quantized(MidRiseGroup(int(scale > 0), scale, values.size), (values >= 0).astype(np.uint16))
+        levels = (values >= 0).astype(np.uint16) if scale else np.zeros(values.size, np.uint16)
+        return Quantized(MidRiseGroup(int(scale > 0), scale, values.size), levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +115,12 @@ class BlocksGroup:
         half = 2 ** (self.bits - 1) - 1
         if (levels > 2 * half).any():
             raise WireFormatError(f"a level lies outside the grid of {2 * half + 1} levels.")
-        steps = np.repeat(self.scales.astype(np.float64) / half, self.block)[: self.count]
-        return np.asarray(steps * (levels.astype(np.float64) - half), np.float32)
+        values = np.empty(self.count, np.float32)
+        for start in range(0, self.count, CHUNK):
+            part = levels[start : start + CHUNK].astype(np.float64) - half
+            scales = self.scales[np.arange(start, start + part.size) // self.block]
+            values[start : start + CHUNK] = part * (scales.astype(np.float64) / half)
+        return values
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ _MAX_SYMBOLS: Final = 256  # of one table
 _TABLE = struct.Struct("<BB")  # first level, number of levels − 1
 _TABLE_BITS: Final = 8 * _TABLE.size
 _SAMPLE: Final = 2**20  # levels counted to make tables
+_CHUNK: Final = 2**8 * 120  # levels coded at a time: whole symbols, of however many levels
 
 
 def encode_levels(parts: Sequence[Levels]) -> bytes:
@@ -73,6 +74,8 @@ def decode_levels(data: memoryview, sizes: Sequence[int]) -> list[NDArray[np.uin
         tables.append(table)
     low = unpack_levels(data[: packed_size(total, shift)], total, shift)
     data = data[packed_size(total, shift) :]
+    if len(data) > 4 * total + 8:  # no symbol takes more than 24 bits
+        raise WireFormatError(f"coded levels: {len(data)} bytes are too many for {total} levels.")
     if len(data) % 4:
         raise WireFormatError("coded levels: expected whole words of 4 bytes.")
     words = np.frombuffer(data, "<u4").astype(np.uint32)
@@ -139,21 +142,27 @@ class _Table(NamedTuple):
         rank = np.zeros(_MAX_SYMBOLS, np.uint8)
         present = np.flatnonzero(self.costs != ABSENT)
         rank[present + self.first] = np.arange(present.size)
-        group = symbols.shape[1]
-        padded = np.full(-(-levels.size // group) * group, self.costs[present].argmin(), np.uint8)
-        np.take(rank, levels, out=padded[: levels.size])
-        joined = padded[::group].copy()
-        for digit in range(1, group):
-            joined *= np.uint8(present.size)
-            joined += padded[digit::group]
-        coder.encode_reverse(joined.astype(np.int32), self.model(symbols))
+        group, model = symbols.shape[1], self.model(symbols)
+        for start in reversed(range(0, levels.size, _CHUNK)):
+            ranks = rank[levels[start : start + _CHUNK]]
+            padded = np.full(-(-ranks.size // group) * group, self.costs[present].argmin(), np.uint8)
+            padded[: ranks.size] = ranks
+            joined = padded[::group].copy()
+            for digit in range(1, group):
+                joined *= np.uint8(present.size)
+                joined += padded[digit::group]
+            coder.encode_reverse(joined.astype(np.int32), model)
 
     def pop(self, coder: AnsCoder, size: int) -> NDArray[np.uint16]:
         symbols = self.symbols()
         if len(symbols) == 1 or not size:
             return np.full(size, symbols[0, 0], np.uint16)
-        joined = coder.decode(self.model(symbols), -(-size // symbols.shape[1]))
-        return np.take(symbols.astype(np.uint16), joined, axis=0).ravel()[:size]
+        group, model = symbols.shape[1], self.model(symbols)
+        levels = np.empty((-(-size // group), group), np.uint16)
+        for start in range(0, len(levels), _CHUNK // group):
+            part = levels[start : start + _CHUNK // group]
+            part[:] = symbols[coder.decode(model, len(part))]
+        return levels.ravel()[:size]
 
 
 def _make_table(counts: NDArray[np.int64]) -> _Table:

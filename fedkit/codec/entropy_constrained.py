@@ -23,14 +23,14 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.codec.protocol import Group, Quantized, Take, join
-from fedkit.codec.signs import choose_signs, signs_of
+from fedkit.codec.protocol import CHUNK, MAX_FLOAT32, Group, Quantized, Take, join, look_up, tame
+from fedkit.codec.signs import SignsGroup, choose_signs, signs_of
 from fedkit.errors import ConfigError, WireFormatError
 
 MIN_RATE: Final = 0.05
@@ -39,7 +39,6 @@ SIGNS_BELOW: Final = 1.1  # bits per value; all signs, blocks and scales take a 
 MAX_HALF: Final = 2**15 - 1
 _RATIOS: Final = (0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.3, 1.8, 2.5)  # threshold / step
 _SAMPLE: Final = 2**15  # values looked at to choose thresholds
-_CHUNK: Final = 2**15  # values that fit a core's cache
 
 
 class Design(NamedTuple):
@@ -79,17 +78,23 @@ class DesignedGroup:
     def read(cls, take: Take, sizes: Sequence[int]) -> Self:
         """Return the group; inverse of `to_bytes`."""
         half, first, step = cls._head.unpack(take(cls._head.size))
-        if half > MAX_HALF or not all(abs(number) < 1e30 for number in (first, step)):
+        if half > MAX_HALF or not (math.isfinite(first) and math.isfinite(step)):
             raise WireFormatError(f"levels up to {half}, from {first} in steps of {step}: out of range.")
         return cls(half, first, step, sum(sizes))
 
     def dequantize(self, levels: NDArray[np.uint16]) -> NDArray[np.float32]:
         """Return ``sign(k) (first + (|k| − 1) step)`` with ``k = level − half``, and 0 for k = 0."""
-        if levels.size and int(levels.max()) > 2 * self.half:
-            raise WireFormatError(f"a level lies above {2 * self.half}.")
-        signed = np.arange(-self.half, self.half + 1, dtype=np.float64)
-        sizes = self.first + (np.abs(signed) - 1) * self.step
-        return np.take(np.asarray(np.sign(signed) * sizes, np.float32), levels)
+
+        def value_of(level: NDArray[np.float64]) -> NDArray[np.float64]:
+            k = level - self.half
+            return np.sign(k) * (self.first + (np.abs(k) - 1) * self.step)
+
+        return look_up(levels, 2 * self.half, value_of)
+
+    def times_two_to(self, power: int) -> Self:
+        """Return the group of the same values times ``2**power``, as far as float32 reaches."""
+        first, step = np.clip(np.ldexp([self.first, self.step], power), -MAX_FLOAT32, MAX_FLOAT32)
+        return replace(self, first=float(np.float32(first)), step=float(np.float32(step)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,14 @@ class EntropyConstrained:
 
     def quantize_to(self, parts: Sequence[NDArray[np.float32]], rate: float) -> Quantized:
         """Return the levels of least error that take about `rate` bits for each value."""
+        parts, power = tame(parts)
+        group, levels = self._quantize_tame(parts, rate)
+        return Quantized(group.times_two_to(power) if power else group, levels)
+
+    @staticmethod
+    def _quantize_tame(
+        parts: Sequence[NDArray[np.float32]], rate: float
+    ) -> tuple[DesignedGroup | SignsGroup, NDArray[np.uint16]]:
         values = join(parts)
         design = best_design(values, rate)
         if rate < SIGNS_BELOW and values.size:
@@ -188,23 +201,22 @@ def _line(n: float, j: float, jj: float, y: float, jy: float) -> tuple[float, fl
     return (y - slope * j) / n, slope
 
 
-def _threshold(values: NDArray[np.float32], design: Design) -> Quantized:
+def _threshold(values: NDArray[np.float32], design: Design) -> tuple[DesignedGroup, NDArray[np.uint16]]:
     """Return the levels, and the line that reproduces the values best."""
     peak = float(np.abs(values).max(initial=0))
     if design.threshold > peak or peak == 0:
-        return Quantized(DesignedGroup(0, 0.0, 0.0, values.size), np.zeros(values.size, np.uint16))
+        return DesignedGroup(0, 0.0, 0.0, values.size), np.zeros(values.size, np.uint16)
     inverse = np.float32(1 / design.step)
     offset = np.float32(1 - design.threshold / design.step)
     half = min(MAX_HALF, int(np.float32(peak) * inverse + offset) + 1)
     levels, sums = np.empty(values.size, np.uint16), np.zeros(5)
-    for start in range(0, values.size, _CHUNK):
-        part = values[start : start + _CHUNK]
+    for start in range(0, values.size, CHUNK):
+        part = values[start : start + CHUNK]
         size = np.abs(part)
         k = np.trunc(np.clip(size * inverse + offset, 0, half))
-        np.add(np.copysign(k, part), half, out=levels[start : start + _CHUNK], casting="unsafe")
+        np.add(np.copysign(k, part), half, out=levels[start : start + CHUNK], casting="unsafe")
         sent = (k > 0).astype(np.float32)
         sums += [sent.sum(), k.sum(dtype=np.float64), k @ k, size @ sent, size @ k]
     n, k_, kk, y, ky = sums
     first, step = _line(n, k_ - n, kk - 2 * k_ + n, y, ky - y)
-    group = DesignedGroup(half, float(np.float32(first)), float(np.float32(step)), values.size)
-    return Quantized(group, levels)
+    return DesignedGroup(half, float(np.float32(first)), float(np.float32(step)), values.size), levels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from fedkit.errors import WireFormatError
 
 Levels: TypeAlias = NDArray[np.uint16] | NDArray[np.uint8]
+
+_CHUNK: Final = 2**15  # levels unpacked at a time, each bit a byte then; whole bytes for any width
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -29,8 +31,11 @@ def pack_levels(levels: Levels, bits: int) -> bytes:
     """
     if bits == 8:
         return levels.astype(np.uint8).tobytes()
-    fields = (levels[:, None] >> np.arange(bits, dtype=np.uint16)) & 1
-    return np.packbits(fields.astype(np.uint8), bitorder="little").tobytes()
+    chunks = []
+    for start in range(0, levels.size, _CHUNK):
+        fields = (levels[start : start + _CHUNK, None] >> np.arange(bits, dtype=np.uint16)) & 1
+        chunks.append(np.packbits(fields.astype(np.uint8), bitorder="little").tobytes())
+    return b"".join(chunks)
 
 
 def unpack_levels(data: bytes | memoryview, count: int, bits: int) -> NDArray[np.uint16]:
@@ -48,12 +53,14 @@ def unpack_levels(data: bytes | memoryview, count: int, bits: int) -> NDArray[np
         return raw.astype(np.uint16)
     if bits == 0:
         return np.zeros(count, np.uint16)
-    stream = np.unpackbits(raw, bitorder="little")
-    if stream[count * bits :].any():
+    if count * bits % 8 and raw[-1] >> (count * bits % 8):
         raise WireFormatError("levels: the padding bits are not zero.")
     levels = np.zeros(count, np.uint16)
-    for bit in range(bits):
-        levels |= stream[bit : count * bits : bits].astype(np.uint16) << bit
+    for start in range(0, count, _CHUNK):
+        part = levels[start : start + _CHUNK]
+        stream = np.unpackbits(raw[start * bits // 8 : (start + _CHUNK) * bits // 8], bitorder="little")
+        for bit in range(bits):
+            part |= stream[bit : part.size * bits : bits].astype(np.uint16) << bit
     return levels
 
 

@@ -19,15 +19,18 @@ quantizer              in one line                                   file
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Final, NamedTuple, Protocol, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.errors import ConfigError
+from fedkit.errors import ConfigError, WireFormatError
 
 MAX_BITS: Final = 16
+CHUNK: Final = 2**15  # values that fit a core's cache; what is computed in float64 is as many at a time
+MAX_FLOAT32: Final = float(np.finfo(np.float32).max)
 
 Take: TypeAlias = Callable[[int], memoryview]
 """Takes so many bytes off a frame; raises WireFormatError if there are fewer."""
@@ -82,6 +85,44 @@ class Quantizer(Protocol):
 def join(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Return the values of all parts as one vector."""
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.float32), *parts])
+
+
+def tame(parts: Sequence[NDArray[np.float32]]) -> tuple[Sequence[NDArray[np.float32]], int]:
+    """Return the parts times ``2**-power``, and the power: such that no sum or square of float32 is lost.
+
+    The power is 0, and nothing is copied, unless the largest value is below 1e-20 or above 1e20.
+    """
+    peak = max((float(np.abs(part).max(initial=0)) for part in parts), default=0.0)
+    if peak == 0 or 1e-20 < peak < 1e20:
+        return parts, 0
+    power = math.frexp(peak)[1]
+    return [np.ldexp(part, -power) for part in parts], power
+
+
+def look_up(
+    levels: NDArray[np.uint16], top: int, value_of: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+) -> NDArray[np.float32]:
+    """Return the values of levels 0 to `top`: computed in float64, clipped to the range of float32, rounded once.
+
+    Raises
+    ------
+    WireFormatError
+        If a level lies above `top`.
+    """
+    if levels.size and int(levels.max()) > top:
+        raise WireFormatError(f"a level lies outside the grid of {top + 1} levels.")
+    values = np.empty(levels.size, np.float32)
+    table = _rounded(value_of(np.arange(top + 1, dtype=np.float64))) if top < 2**12 else None
+    for start in range(0, levels.size, CHUNK):
+        part = levels[start : start + CHUNK]
+        values[start : start + CHUNK] = (
+            _rounded(value_of(part.astype(np.float64))) if table is None else table[part]
+        )
+    return values
+
+
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    return np.clip(values, -MAX_FLOAT32, MAX_FLOAT32).astype(np.float32)
 
 
 def check_bits(min_bits: int, max_bits: int) -> None:

@@ -34,7 +34,7 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.codec.protocol import MAX_BITS, Group, Quantized, Take, check_bits, join
+from fedkit.codec.protocol import MAX_BITS, Group, Quantized, Take, check_bits, join, look_up
 from fedkit.errors import ConfigError, WireFormatError
 
 _SAMPLE = 4096  # values looked at to choose a scale
@@ -79,8 +79,8 @@ class MidRiseGroup(ScaledGroup):
         """Return ``ψ · 2 scale / (2^b − 1) − scale``."""
         if self.bits == 0:
             return np.zeros(self.count, np.float32)
-        step = 2 * self.scale / (2**self.bits - 1)
-        return np.asarray(step * levels.astype(np.float64) - self.scale, np.float32)
+        top = 2**self.bits - 1
+        return look_up(levels, top, lambda level: level * (2 * self.scale / top) - self.scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +94,9 @@ class MidTreadGroup(ScaledGroup):
         if self.bits == 0:
             return np.zeros(self.count, np.float32)
         half = 2 ** (self.bits - 1) - 1
-        if half == 0 or (levels > 2 * half).any():
-            raise WireFormatError(f"a level lies outside the grid of {2 * half + 1} levels.")
-        return np.asarray(self.scale / half * (levels.astype(np.float64) - half), np.float32)
+        if half == 0:
+            raise WireFormatError("a grid with a zero takes 2 bits at least, or none.")
+        return look_up(levels, 2 * half, lambda level: (level - half) * (self.scale / half))
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from typing import ClassVar, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.codec.protocol import Group, Quantized, Take, join
+from fedkit.codec.protocol import MAX_FLOAT32, Group, Quantized, Take, join, look_up, tame
 from fedkit.errors import ConfigError, WireFormatError
 
 BLOCK: Final = 4096  # entries rotated together
@@ -70,16 +70,20 @@ class RotatedGroup:
         if not 1 <= bits <= len(CENTRES):
             raise WireFormatError(f"rotated blocks of {bits} bits: expected 1 to {len(CENTRES)}.")
         scales = np.frombuffer(take(4 * -(-count // BLOCK)), "<f4").astype(np.float32)
-        if not (np.abs(scales) < np.finfo(np.float32).max / BLOCK).all():
-            raise WireFormatError("the scale of a block is not finite, or too large.")
+        if not np.isfinite(scales).all():
+            raise WireFormatError("the scale of a block is not finite.")
         return cls(bits, seed, scales, count)
 
     def dequantize(self, levels: NDArray[np.uint16]) -> NDArray[np.float32]:
-        """Return the centres, scaled and rotated back."""
-        if (levels >= 2**self.bits).any():
-            raise WireFormatError(f"a level lies outside the {2**self.bits} centres.")
-        scaled = CENTRES[self.bits - 1][levels] * np.repeat(self.scales, BLOCK)[: levels.size]
-        return rotate(scaled, self.seed, back=True)[: self.count]
+        """Return the centres, rotated back and scaled."""
+        centres = CENTRES[self.bits - 1].astype(np.float64)
+        values = rotate(
+            look_up(levels, 2**self.bits - 1, lambda level: centres[level.astype(np.intp)]), self.seed, back=True
+        )
+        with np.errstate(over="ignore"):
+            for block, scale in enumerate(self.scales):
+                values[block * BLOCK : (block + 1) * BLOCK] *= scale
+        return np.clip(values, -MAX_FLOAT32, MAX_FLOAT32, out=values)[: self.count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,7 @@ class Eden:
 
     def quantize(self, parts: Sequence[NDArray[np.float32]], rng: np.random.Generator) -> Quantized:
         """Return the nearest centre of each rotated entry."""
+        parts, power = tame(parts)
         values = join(parts)
         seed = int(rng.integers(2**32))
         padded = np.zeros(padded_size(values.size), np.float32)
@@ -117,7 +122,8 @@ class Eden:
         along = (blocks * chosen).sum(axis=1)
         below = along if self.unbiased else np.square(chosen).sum(axis=1)
         scales = np.divide(energy if self.unbiased else along, below, out=np.zeros_like(along), where=below > 0)
-        group = RotatedGroup(self.bits, seed, scales.astype(np.float32), values.size)
+        scales = np.minimum(np.ldexp(scales, power), MAX_FLOAT32).astype(np.float32)
+        group = RotatedGroup(self.bits, seed, scales, values.size)
         return Quantized(group, levels.ravel()[: rotated.size])
 
 
@@ -128,12 +134,14 @@ def rotate(values: NDArray[np.float32], seed: int, *, back: bool = False) -> NDA
     """
     raw = np.random.Philox(key=seed).random_raw(-(-values.size // 64)).astype("<u8")
     bits = np.unpackbits(raw.view(np.uint8), bitorder="little")[: values.size]
-    signs = 1 - 2 * bits.astype(np.float32)
+    minus, mixed = bits.view(np.bool_), values.copy()
+    if not back:
+        np.negative(mixed, out=mixed, where=minus)
     whole = values.size // BLOCK * BLOCK
-    mixed = values.copy() if back else values * signs
     for part in (mixed[:whole].reshape(-1, BLOCK), mixed[whole:].reshape(1, -1)):
-        _hadamard(part)
-    return mixed * signs if back else mixed
+        if part.size:
+            _hadamard(part)
+    return np.negative(mixed, out=mixed, where=minus) if back else mixed
 
 
 def padded_size(count: int) -> int:
@@ -150,7 +158,7 @@ def _hadamard(blocks: NDArray[np.float32]) -> None:
     """Transform each row in place; rows have a power of two of entries."""
     size, step = blocks.shape[1], 1
     while step < size:
-        pairs = blocks.reshape(blocks.shape[0], -1, 2, step)
+        pairs = blocks.reshape(blocks.shape[0], size // (2 * step), 2, step)
         total = pairs[:, :, 0] + pairs[:, :, 1]
         np.subtract(pairs[:, :, 0], pairs[:, :, 1], out=pairs[:, :, 1])
         pairs[:, :, 0] = total

@@ -8,13 +8,13 @@ are sent or not, those of the largest mean size first; of what is sent the sign,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.codec.protocol import Quantized, Take, join
+from fedkit.codec.protocol import Take, join
 from fedkit.errors import WireFormatError
 
 MIN_BLOCK: Final = 64  # entries
@@ -81,9 +81,15 @@ class SignsGroup:
         if levels.size and int(levels.max()) > 1:
             raise WireFormatError("signs: a level is neither 0 nor 1.")
         blocks = Blocks.of(self.sizes)
-        signs = np.zeros(sum(self.sizes), np.float32)
-        signs[np.repeat(self.sent, blocks.sizes)] = 2 * levels.astype(np.float32) - 1
-        return signs * np.repeat(self.scales, self.sizes)
+        sent, minus = np.repeat(self.sent, blocks.sizes), np.zeros(sum(self.sizes), np.bool_)
+        minus[sent] = levels == 0
+        values = np.repeat(self.scales, self.sizes)
+        values[~sent] = 0
+        return np.negative(values, out=values, where=minus)
+
+    def times_two_to(self, power: int) -> Self:
+        """Return the group of the same values times ``2**power``."""
+        return replace(self, scales=np.ldexp(self.scales, power))
 
 
 def choose_signs(parts: Sequence[NDArray[np.float32]], budget: float) -> tuple[NDArray[np.bool_], float]:
@@ -99,7 +105,9 @@ def choose_signs(parts: Sequence[NDArray[np.float32]], budget: float) -> tuple[N
     return sent, float((by_array[entries > 0] ** 2 / entries[entries > 0]).sum())
 
 
-def signs_of(parts: Sequence[NDArray[np.float32]], sent: NDArray[np.bool_]) -> Quantized:
+def signs_of(
+    parts: Sequence[NDArray[np.float32]], sent: NDArray[np.bool_]
+) -> tuple[SignsGroup, NDArray[np.uint16]]:
     """Return the signs of the blocks that are `sent`, with the mean size of each array's entries as its scale."""
     sizes = tuple(part.size for part in parts)
     blocks = Blocks.of(sizes)
@@ -108,7 +116,7 @@ def signs_of(parts: Sequence[NDArray[np.float32]], sent: NDArray[np.bool_]) -> Q
     means = np.divide(totals, entries, out=np.zeros(len(parts)), where=entries > 0).astype(np.float32)
     scales = (_leading(means).astype(np.uint32) << np.uint32(16)).view(np.float32)
     kept = join(parts)[np.repeat(sent, blocks.sizes)]
-    return Quantized(SignsGroup(scales, sent, sizes), (kept >= 0).astype(np.uint16))
+    return SignsGroup(scales, sent, sizes), (kept >= 0).astype(np.uint16)
 
 
 def _totals(parts: Sequence[NDArray[np.float32]], blocks: Blocks) -> NDArray[np.float64]:

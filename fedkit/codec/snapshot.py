@@ -1,4 +1,4 @@
-"""Snapshots: dense float32 frames that bring names and shapes along, for a receiver that has nothing yet."""
+"""Snapshots: dense frames that bring names and shapes along, for a receiver that has nothing yet."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.arrays import NamedArrays, check_finite, num_values
-from fedkit.codec.sections import FLOAT32
-from fedkit.codec.wire import HEADER_SIZE, decode, read_header, seal
+from fedkit.arrays import NamedArrays
+from fedkit.codec.wire import HEADER_SIZE, Codec, decode, read_header, seal
 from fedkit.errors import CodecError, WireFormatError
 
 MAX_SCHEMA_BYTES: Final = 2**20  # names and shapes, as JSON
+MAX_VALUES_PER_BYTE: Final = 4096  # of a whole snapshot; fewer than a real one has
+LOSSLESS: Final = Codec()
 
 
-def encode_snapshot(arrays: NamedArrays) -> bytes:
-    """Return a dense float32 frame that brings its names and shapes along.
+def encode_snapshot(
+    arrays: NamedArrays, codec: Codec = LOSSLESS, *, rng: np.random.Generator | None = None
+) -> bytes:
+    """Return a frame that brings its names and shapes along: dense float32, unless `codec` says otherwise.
 
     Raises
     ------
     CodecError
         If an entry is NaN or infinite.
     """
-    check_finite(arrays)
+    frame = codec.encode(arrays, rng=rng)
     text = json.dumps([[name, array.shape] for name, array in arrays.items()], separators=(",", ":"))
     if len(text) > MAX_SCHEMA_BYTES:
         raise CodecError(f"names and shapes take {len(text)} bytes: expected at most {MAX_SCHEMA_BYTES}.")
-    body = [np.asarray(array, "<f4").tobytes() for array in arrays.values()]
-    return seal(FLOAT32, 0, arrays, num_values(arrays), body, zlib.compress(text.encode(), 9))
+    header = read_header(frame)
+    body, schema = frame[HEADER_SIZE:], zlib.compress(text.encode(), 9)
+    return seal(header.grid, header.flags, arrays, header.count, [body], schema)
 
 
 def decode_snapshot(data: bytes) -> dict[str, NDArray[np.float32]]:
@@ -43,13 +47,13 @@ def decode_snapshot(data: bytes) -> dict[str, NDArray[np.float32]]:
         For bytes that are damaged, of another version, or not a snapshot.
     """
     header = read_header(data)
-    if header.grid != FLOAT32 or header.flags or not header.schema_size:
+    if not header.schema_size:
         raise WireFormatError("expected a snapshot, got a frame without names and shapes.")
     shapes = _read_schema(data[HEADER_SIZE : HEADER_SIZE + header.schema_size])
-    size = 4 * sum(math.prod(shape) for shape in shapes.values())
-    if size != len(data) - HEADER_SIZE - header.schema_size:  # before anything of that size is made
-        raise WireFormatError(f"the names and shapes call for {size} bytes of values, there are others.")
-    return decode(data, like={name: np.empty(shape, np.float32) for name, shape in shapes.items()})
+    size = sum(math.prod(shape) for shape in shapes.values())
+    if size < header.count or size > MAX_VALUES_PER_BYTE * len(data):  # before anything of that size is made
+        raise WireFormatError(f"the names and shapes call for {size} values, which cannot be in this frame.")
+    return decode(data, like={name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()})
 
 
 def _read_schema(section: bytes) -> dict[str, tuple[int, ...]]:

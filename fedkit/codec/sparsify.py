@@ -42,6 +42,15 @@ class TopK:
 
 
 @dataclass(frozen=True, slots=True)
+class Nonzero:
+    """All entries but zeros: loses nothing."""
+
+    def mask(self, update: NamedArrays) -> dict[str, NDArray[np.bool_]]:
+        """Return True where an entry is not zero."""
+        return {name: array != 0 for name, array in update.items()}
+
+
+@dataclass(frozen=True, slots=True)
 class Magnitude:
     """The entries that are at least `times` the root mean square of their array."""
 

@@ -222,14 +222,15 @@ class _Draft:
     def _encode_to(self, target: float, quantizer: EntropyConstrained) -> bytes:
         """Return the frame, of a few tries, whose size is nearest to `target` bytes."""
         fixed = HEADER_SIZE + len(self._mask) + _FIXED
-        rate = 8 * max(target - fixed, 1) / sum(self._sizes)
+        room = max(target - fixed, target / 2)  # of a small frame, what is fixed would leave nothing
+        rate = 8 * room / sum(self._sizes)
         frames: list[bytes] = []
         while len(frames) < _TRIES:
             frames.append(self._frame([quantizer.quantize_to(self._parts, rate)], 0))
-            if abs(len(frames[-1]) - target) <= _CLOSE * target:
+            if abs(len(frames[-1]) - fixed - room) <= _CLOSE * target:
                 break
-            rate *= max(target - fixed, 1) / max(len(frames[-1]) - fixed, 1)
-        return min(frames, key=lambda frame: abs(len(frame) - target))
+            rate *= room / max(len(frames[-1]) - fixed, 1)
+        return min(frames, key=lambda frame: abs(len(frame) - fixed - room))
 
     def _frame(self, groups: list[Quantized], flags: int) -> bytes:
         coded, sections = write_groups(groups, self._sizes)

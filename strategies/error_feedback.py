@@ -1,0 +1,51 @@
+"""Error feedback: FedAvg over coded updates, where what coding loses is sent later.
+
+S. P. Karimireddy, Q. Rebjock, S. Stich and M. Jaggi, "Error Feedback Fixes SignSGD and other Gradient Compression
+Schemes", ICML 2019, https://arxiv.org/abs/1901.09847, algorithm 2.
+
+Deviations from the paper
+-------------------------
+The gradient is the update of local training, local − received, and the mean is weighted by the number of examples
+unless `weighted` is False. A client that does not take part keeps what it has not sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from fedkit.aggregation.mean import Mean
+from fedkit.codec.entropy_constrained import EntropyConstrained
+from fedkit.codec.protocol import Quantizer
+from fedkit.codec.sparsify import Sparsifier
+from fedkit.codec.wire import Codec
+
+from .base import UpdateStrategy
+
+
+class ErrorFeedback(UpdateStrategy[None]):
+    """Any codec, with a memory of what it lost. Clients need `fedkit.clients.ErrorFeedbackMod`.
+
+    Parameters
+    ----------
+    quantizer : Quantizer, optional
+        `EntropyConstrained` at half a bit per parameter if unset.
+    sparsifier : Sparsifier, optional
+        Chooses the entries that are sent.
+    weighted : bool
+        Whether clients count by their number of examples.
+    **options
+        As in `UpdateStrategy`.
+    """
+
+    scheme: ClassVar[str] = "error-feedback"
+
+    def __init__(
+        self,
+        *,
+        quantizer: Quantizer | None = None,
+        sparsifier: Sparsifier | None = None,
+        weighted: bool = True,
+        **options: Any,
+    ) -> None:
+        codec = Codec(quantizer or EntropyConstrained(0.5), sparsifier)
+        super().__init__(Mean(weighted=weighted), codec, **options)
