@@ -3,7 +3,8 @@
 The apps of `examples` run in this process, under AQUILA: what its mod is about to quantize is the innovation,
 the client's update minus what the server has from it. One file for each recorded round and client; `load`
 stacks clients until there are 75,000 values. Small: three rounds of the quickstart. Full: rounds 3, 10 and 20
-of the quickstart, and 1, 4, 8 and 12 of `text_lora` on SST-2, from ``$FEDKIT_DATA_DIR/text/sst2``.
+of the quickstart, and 1, 4, 8 and 12 of `text_lora`, on SST-2 from ``$FEDKIT_DATA_DIR/text/sst2`` or, where that
+is missing, on the manuals' sentences.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Recording(NamedTuple):
 class Source:
     """An app, which of its rounds to record, and what to change in its run config."""
 
+    name: str  # of the recordings
     app: str
     rounds: tuple[int, ...]
     config: dict[str, Any]
@@ -61,7 +63,7 @@ class Recorder(AquilaMod):
         if (server_round := job.instructions.server_round) in self.source.rounds:
             memory = ClientMemory(job.state, self.scheme, like=update)
             innovation = subtract(update, memory.settle(job.instructions.accepted))
-            name = f"{self.source.app}_round{server_round}_client{job.client_id}.npz"
+            name = f"{self.source.name}_round{server_round}_client{job.client_id}.npz"
             np.savez(self.folder / name, allow_pickle=False, **innovation)
         return super().code(update, job)
 
@@ -69,16 +71,19 @@ class Recorder(AquilaMod):
 def sources(full: bool) -> list[Source]:
     """Return what to record."""
     if not full:
-        return [Source("quickstart", (1, 2, 3), {})]
+        return [Source("quickstart", "quickstart", (1, 2, 3), {})]
     data = Path(os.environ.get("FEDKIT_DATA_DIR", ""), "text", "sst2")
-    text = {"data": str(data)} if data.is_dir() else {}
-    return [Source("quickstart", (3, 10, 20), {}), Source("text_lora", (1, 4, 8, 12), text)]
+    digits = Source("quickstart", "quickstart", (3, 10, 20), {})
+    if not data.is_dir():
+        return [digits, Source("manuals", "text_lora", (1, 4, 8, 12), {})]
+    return [digits, Source("sst2", "text_lora", (1, 4, 8, 12), {"data": str(data), "text-column": "text_a"})]
 
 
 def record(source: Source, folder: Path = FOLDER) -> None:
     """Run an app in this process and write its innovations, unless the last round's are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    if next(folder.glob(f"{source.app}_round{max(source.rounds)}_*.npz"), None):
+    last = f"{source.name}_round{max(source.rounds)}_*.npz"
+    if any(folder.glob(last)):
         return
     from tests.helpers.grid import InProcessGrid
 
@@ -94,6 +99,8 @@ def record(source: Source, folder: Path = FOLDER) -> None:
     with task_identity(run_id=1, node_id=1):
         strategy = Aquila(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
         strategy.start(grid, _initial(source.app, config), num_rounds=max(source.rounds))
+    if not any(folder.glob(last)):
+        raise RuntimeError(f"no client of {source.app} answered in the last round: see the log.")
 
 
 def _initial(app: str, config: dict[str, Any]) -> Any:

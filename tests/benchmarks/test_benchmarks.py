@@ -105,6 +105,6 @@ def test_the_aggregate_benchmark_from_end_to_end(tmp_path):
 
 
 def test_the_quickstart_is_recorded(tmp_path):
-    innovations.record(innovations.Source("quickstart", (1,), {"num-clients": 3}), tmp_path)
+    innovations.record(innovations.Source("quickstart", "quickstart", (1,), {"num-clients": 3}), tmp_path)
     (stack,) = innovations.load(tmp_path)
     assert num_values(stack.update) == 3 * 25_546
