@@ -13,7 +13,7 @@ from fedkit.codec.entropy_constrained import EntropyConstrained
 from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.codec.rotation import Eden
 from fedkit.codec.sparsify import TopK
-from fedkit.codec.wire import Codec, decode, ideal_bits
+from fedkit.codec.wire import Codec, decode, open_frame
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Fedkit:
 
     def ideal_bits(self, data: bytes, count: int) -> float:
         """Return the order-0 entropy of the levels and the mask in a frame."""
-        return ideal_bits(data, like=self._like(count))
+        return open_frame(data, like=self._like(count)).ideal_bits()
 
     def _like(self, count: int) -> NamedArrays:
         return self.like or {"values": np.empty(count, np.float32)}

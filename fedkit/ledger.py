@@ -7,8 +7,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -20,14 +20,22 @@ Direction: TypeAlias = Literal["uplink", "downlink"]
 EvaluateFn: TypeAlias = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Entry:
-    """One message that was sent."""
+    """One message that was sent. Each size holds the one before it.
+
+    What is between frames and objects is Flower's: the records' names, the app's config and metrics, and about
+    60 bytes for each object. What is between objects and the socket is gRPC's and Flower's calls.
+    """
 
     server_round: int
+    client: str  # its id; its node id until it has answered once
     node_id: int
     direction: Direction
+    kind: str  # Flower's message type: train or evaluate
     object_bytes: int  # all of Flower's objects of the message
+    frame_bytes: int  # the data of its arrays
+    ideal_bits: float = 0.0  # order-0 entropy of what the frames hold; 0 if unknown
 
 
 class Ledger:
@@ -38,12 +46,25 @@ class Ledger:
 
     def __init__(self) -> None:
         self.entries: dict[int, list[Entry]] = {}  # by round
+        self._uplink: dict[int, Entry] = {}  # the last of each node
+        self._ideal: dict[int, float] = {}  # of each node's next message down
         self._counts: dict[int, Counter[str]] = {}
         self._start = time.monotonic()
 
     def enter(self, entry: Entry) -> None:
         """Enter one message."""
+        if entry.direction == "uplink":
+            self._uplink[entry.node_id] = entry
+        else:
+            entry.ideal_bits = self._ideal.pop(entry.node_id, 0.0)
         self.entries.setdefault(entry.server_round, []).append(entry)
+
+    def ideal(self, node_id: int, direction: Direction, bits: float) -> None:
+        """Say what an ideal coder needs for the node's next message down, or for its last one up."""
+        if direction == "downlink":
+            self._ideal[node_id] = bits
+        elif node_id in self._uplink:
+            self._uplink[node_id].ideal_bits = bits
 
     def note(self, server_round: int, **counts: int) -> None:
         """Add to the counts of a round: asked, replies, skips, missing, rejected."""
@@ -54,15 +75,27 @@ class Ledger:
         counts = self._counts.get(server_round, Counter())
         totals = {key: counts[key] for key in ("asked", "replies", "skips", "missing", "rejected")}
         for direction in ("uplink", "downlink"):
-            entries = self.entries.get(server_round, [])
-            totals[f"{direction}-bytes"] = sum(e.object_bytes for e in entries if e.direction == direction)
+            entries = [e for e in self.entries.get(server_round, []) if e.direction == direction]
+            totals[f"{direction}-bytes"] = sum(e.object_bytes for e in entries)
+            totals[f"{direction}-frame-bytes"] = sum(e.frame_bytes for e in entries)
+            totals[f"{direction}-ideal-bytes"] = round(sum(e.ideal_bits for e in entries) / 8)
         return totals
 
-    def recording(self, evaluate_fn: EvaluateFn, *, to: str | Path) -> EvaluateFn:
-        """Return an `evaluate_fn` that also appends a line per round to ``rounds.jsonl`` in the folder `to`.
+    def spent(self, client: str | None = None) -> int:
+        """Return the bytes of all messages, or of those to and from one client."""
+        return sum(
+            entry.object_bytes
+            for entries in self.entries.values()
+            for entry in entries
+            if client in (None, entry.client)
+        )
 
-        A line holds the metrics, `round_totals`, ``fp32-bytes`` (the arrays in float32, once for every client
-        asked) and ``seconds`` since the ledger was made. With an empty `to`, nothing is written.
+    def recording(self, evaluate_fn: EvaluateFn, *, to: str | Path) -> EvaluateFn:
+        """Return an `evaluate_fn` that also appends to ``rounds.jsonl`` and ``ledger.jsonl`` in the folder `to`.
+
+        A line of the first is a round: the metrics, `round_totals`, ``fp32-bytes`` (the arrays in float32, once
+        for every client asked) and ``seconds`` since the ledger was made. A line of the second is a message.
+        With an empty `to`, nothing is written.
 
         Raises
         ------
@@ -71,12 +104,13 @@ class Ledger:
         """
         if not str(to):
             return evaluate_fn
-        path = Path(to) / "rounds.jsonl"
+        folder = Path(to)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("rounds.jsonl", "ledger.jsonl"):
+                (folder / name).touch()
         except OSError as error:
-            raise ConfigError(f"run-dir: cannot write {path} ({error}).") from None
+            raise ConfigError(f"run-dir: cannot write {folder} ({error}).") from None
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             metrics = evaluate_fn(server_round, arrays)
@@ -88,10 +122,19 @@ class Ledger:
                 "fp32-bytes": totals["asked"] * 4 * sum(math.prod(a.shape) for a in arrays.values()),
                 "seconds": round(time.monotonic() - self._start, 3),
             }
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            _append(folder / "ledger.jsonl", [_line(e) for e in self.entries.get(server_round, [])])
+            _append(folder / "rounds.jsonl", [line])
             return metrics
 
         return evaluate
+
+
+def _line(entry: Entry) -> dict[str, object]:
+    return {field.replace("_", "-"): value for field, value in asdict(entry).items()}
+
+
+def _append(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -31,6 +32,7 @@ class RoundGrid(GridWrapper):
         super().__init__(inner)
         self.ledger = ledger or Ledger()
         self.faults = faults or Faults()
+        self._clients: dict[int, str] = {}  # by node id
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send messages and return the replies that were not lost, entering both in the ledger."""
@@ -42,6 +44,7 @@ class RoundGrid(GridWrapper):
             self._enter(message, server_round, message.metadata.dst_node_id, "downlink")
         replies = list(self.inner.send_and_receive(messages, timeout=timeout))
         for reply in replies:
+            self._learn(reply)
             self._enter(reply, server_round, reply.metadata.src_node_id, "uplink")
         kept = [reply for reply in replies if not self._loses(server_round, reply)]
         if messages[0].metadata.message_type == MessageType.TRAIN:
@@ -49,14 +52,23 @@ class RoundGrid(GridWrapper):
         return kept
 
     def _enter(self, message: Message, server_round: int, node_id: int, direction: Direction) -> None:
-        self.ledger.enter(Entry(server_round, node_id, direction, object_bytes(message)))
+        frames = 0
+        if message.has_content():
+            frames = sum(len(a.data) for record in message.content.array_records.values() for a in record.values())
+        kind = str(message.metadata.message_type)
+        client = self._clients.get(node_id, str(node_id))
+        entry = Entry(server_round, client, node_id, direction, kind, object_bytes(message), frames)
+        self.ledger.enter(entry)
 
     def _loses(self, server_round: int, reply: Message) -> bool:
-        try:
-            name = read_report(reply.content).client_id if reply.has_content() else ""
-        except ReplyError:
-            name = ""
-        return self.faults.loses(server_round, name or str(reply.metadata.src_node_id))
+        node_id = reply.metadata.src_node_id
+        return self.faults.loses(server_round, self._clients.get(node_id, str(node_id)))
+
+    def _learn(self, reply: Message) -> None:
+        """Take note of which client a node is, if its reply says so."""
+        with suppress(ReplyError):
+            if reply.has_content():
+                self._clients[reply.metadata.src_node_id] = read_report(reply.content).client_id
 
     def _count(self, server_round: int, messages: list[Message], replies: list[Message]) -> None:
         errors = sum(reply.has_error() for reply in replies)

@@ -18,11 +18,10 @@ from flwr.serverapp.strategy import FedAvg, Result
 from fedkit.aggregation.protocol import Aggregator, Cohort, Upload
 from fedkit.arrays import NamedArrays
 from fedkit.broadcast import ALL_NONZERO
-from fedkit.codec.wire import Codec, decode_masked
+from fedkit.codec.wire import Codec, open_frame
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError, FedkitError, ReplyError
 from fedkit.ledger import Ledger
-from fedkit.memory import GENESIS
 from fedkit.message import (
     Instructions,
     Report,
@@ -36,7 +35,7 @@ from fedkit.rounds import RoundGrid
 
 from .downlink import Downlink
 from .options import FedAvgOptions
-from .replies import Registry, check_norm, mean_metrics, metrics_of, weight_of
+from .replies import Registry, check_norm, mean_metrics, upload_of, weight_of
 from .sampling import sample_nodes
 
 logger = logging.getLogger(__name__)
@@ -193,7 +192,8 @@ class UpdateStrategy(FedAvg, Generic[S]):
         """Return a fresh message for each node."""
         options = self.options(self._params)
         messages = []
-        for node_id, parcel in self.downlink.parcels(sent, self.registry.versions):
+        for node_id, parcel, bits in self.downlink.parcels(sent, self.registry.versions):
+            self.ledger.ideal(node_id, "downlink", bits)
             own = ConfigRecord(dict(config))
             accepted = self.registry.accepted_from(node_id)
             write_instructions(own, Instructions(self.scheme, server_round, self.codec, accepted, options))
@@ -222,27 +222,20 @@ class UpdateStrategy(FedAvg, Generic[S]):
         for report, reply in judged:
             node_id, content = reply.metadata.src_node_id, reply.content
             try:
-                frame = b"" if report.skipped else read_frame(content)
-                arrays, mask = None, None
+                data, frame, arrays = b"", None, None
                 if not report.skipped:
-                    arrays, mask = decode_masked(frame, like=self.expected(self._cohort.sent[node_id], report))
+                    data = read_frame(content)
+                    frame = open_frame(data, like=self.expected(self._cohort.sent[node_id], report))
+                    arrays = frame.arrays()
                     check_norm(arrays)
             except FedkitError as error:
                 self._refuse(node_id, error)
                 continue
-            self.registry.accept(node_id, report, frame)
+            self.registry.accept(node_id, report, data)
             self.ledger.note(self._cohort.server_round, skips=int(report.skipped))
+            self.ledger.ideal(node_id, "uplink", frame.ideal_bits() if frame else 0.0)
             contents.append(content)
-            yield Upload(
-                node_id=node_id,
-                client_id=report.client_id,
-                num_examples=weight_of(reply, self.weighted_by_key),
-                arrays=arrays,
-                mask=mask,
-                fresh=report.base == GENESIS,
-                metrics=metrics_of(content),
-                wire_bytes=len(frame),
-            )
+            yield upload_of(reply, report, data, frame, arrays, weight_of(reply, self.weighted_by_key))
 
     def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
         logger.warning("round %d, node %d: reply refused: %s", self._cohort.server_round, node_id, error)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedkit.arrays import NamedArrays
 from fedkit.broadcast import Broadcast, snapshot_parcel
-from fedkit.codec.wire import Codec
+from fedkit.codec.wire import Codec, open_frame
 from fedkit.message import Parcel
 
 
@@ -45,13 +45,17 @@ class Downlink:
 
     def parcels(
         self, sent: Mapping[int, NamedArrays], versions: Mapping[int, bytes]
-    ) -> Iterator[tuple[int, Parcel]]:
-        """Yield each node's parcel; `versions` are those that nodes said they hold."""
+    ) -> Iterator[tuple[int, Parcel, float]]:
+        """Yield each node's parcel, and the bits an ideal coder needs; `versions`: what nodes said they hold."""
         snapshots: dict[int, Parcel] = {}  # nodes that are sent the same arrays share one
+        bits: dict[bytes, float] = {}  # by frame
         for node_id, arrays in sent.items():
             if self.broadcast is not None:
-                yield node_id, self.broadcast.parcel_for(versions.get(node_id))
-                continue
-            if id(arrays) not in snapshots:
-                snapshots[id(arrays)] = snapshot_parcel(arrays)
-            yield node_id, snapshots[id(arrays)]
+                parcel = self.broadcast.parcel_for(versions.get(node_id))
+            else:
+                parcel = snapshots.get(id(arrays)) or snapshot_parcel(arrays)
+                snapshots[id(arrays)] = parcel
+            for frame in parcel.frames:
+                if frame not in bits:
+                    bits[frame] = open_frame(frame, like=arrays).ideal_bits()
+            yield node_id, parcel, sum(bits[frame] for frame in parcel.frames)

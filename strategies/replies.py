@@ -7,7 +7,9 @@ from typing import Final
 
 from flwr.app import Message, MetricRecord, RecordDict
 
+from fedkit.aggregation.protocol import Upload
 from fedkit.arrays import NamedArrays, squared_norm
+from fedkit.codec.wire import Frame
 from fedkit.errors import ReplyError
 from fedkit.memory import GENESIS, chain
 from fedkit.message import Report, read_report
@@ -85,6 +87,22 @@ def metrics_of(content: RecordDict) -> dict[str, float]:
     """Return the scalar metrics of a reply; lists are the business of a metrics function of the user's."""
     metrics = [item for record in content.metric_records.values() for item in record.items()]
     return {key: float(value) for key, value in metrics if isinstance(value, int | float)}
+
+
+def upload_of(
+    reply: Message, report: Report, data: bytes, frame: Frame | None, arrays: NamedArrays | None, weight: float
+) -> Upload:
+    """Return an accepted reply as the aggregation sees it; of a skip, `data`, `frame` and `arrays` are empty."""
+    return Upload(
+        node_id=reply.metadata.src_node_id,
+        client_id=report.client_id,
+        num_examples=weight,
+        arrays=arrays,
+        mask=None if frame is None else frame.mask,
+        fresh=report.base == GENESIS,
+        metrics=metrics_of(reply.content),
+        wire_bytes=len(data),
+    )
 
 
 def weight_of(reply: Message, key: str) -> float:

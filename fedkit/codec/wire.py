@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fedkit.arrays import Mask, NamedArrays, check_finite, num_values, schema_digest
 from fedkit.codec.entropy import order0_bits
 from fedkit.codec.entropy_constrained import EntropyConstrained
-from fedkit.codec.protocol import Quantized, Quantizer
+from fedkit.codec.protocol import Quantized, Quantizer, join
 from fedkit.codec.sections import (
     CODED,
     FLOAT32,
@@ -123,33 +123,68 @@ def decode(data: bytes, *, like: NamedArrays, last_mask: Mask | None = None) -> 
     CodecError
         For bytes that are damaged, of another version, or of another schema.
     """
-    return decode_masked(data, like=like, last_mask=last_mask)[0]
+    return open_frame(data, like=like, last_mask=last_mask).arrays()
 
 
 def decode_masked(
     data: bytes, *, like: NamedArrays, last_mask: Mask | None = None
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.bool_]] | None]:
     """Return the arrays of a frame and its mask, None if the frame is dense; raises as `decode`."""
-    header, mask, sizes, body = _open(data, like, last_mask)
+    frame = open_frame(data, like=like, last_mask=last_mask)
+    return frame.arrays(), frame.mask
+
+
+def open_frame(data: bytes, *, like: NamedArrays, last_mask: Mask | None = None) -> Frame:
+    """Return a frame, checked and its levels decoded; arguments and errors as of `decode`."""
+    header = read_header(data)
+    if header.digest != schema_digest(like):
+        raise SchemaMismatchError(
+            f"the frame holds {header.count} values of other names or shapes than the {num_values(like)} expected."
+            " Does this node use another LoRA rank?"
+        )
+    body = Reader(memoryview(data)[HEADER_SIZE + header.schema_size :])
+    mask = read_mask(body, header.flags, like, last_mask) if header.flags & MASKED else None
+    sizes = [int(m.sum()) for m in mask.values()] if mask else [array.size for array in like.values()]
+    if header.count != sum(sizes):
+        raise WireFormatError(f"count: expected {sum(sizes)} values, got {header.count}.")
     if header.grid == FLOAT32:
-        flat = np.frombuffer(body.take(4 * header.count), "<f4").astype(np.float32)
+        values = np.frombuffer(body.take(4 * header.count), "<f4").astype(np.float32)
+        frame = Frame(like, mask, sizes, values, [])
     else:
-        groups = read_groups(body, header.grid, header.flags, sizes)
-        values = [quantized.group.dequantize(quantized.levels) for quantized in groups]
-        flat = values[0] if len(values) == 1 else np.concatenate([np.zeros(0, np.float32), *values])
+        frame = Frame(like, mask, sizes, None, read_groups(body, header.grid, header.flags, sizes))
     body.end()
-    if not np.isfinite(flat).all():
-        raise WireFormatError("the frame holds NaN or infinite values.")
-    return scatter(split(flat, sizes), mask, like=like), mask
+    return frame
 
 
-def ideal_bits(data: bytes, *, like: NamedArrays, last_mask: Mask | None = None) -> float:
-    """Return the order-0 entropy of a frame's levels and mask, in bits; a float32 takes 32. Raises as `decode`."""
-    header, mask, sizes, body = _open(data, like, last_mask)
-    bits = 0.0 if mask is None else mask_bits(mask)
-    if header.grid == FLOAT32:
-        return bits + 32 * header.count
-    return bits + sum(order0_bits(levels) for _, levels in read_groups(body, header.grid, header.flags, sizes))
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a frame holds, up to turning levels into values."""
+
+    like: NamedArrays
+    mask: dict[str, NDArray[np.bool_]] | None  # which entries are carried; None: all
+    sizes: Sequence[int]  # values carried of each array
+    values: NDArray[np.float32] | None  # as they travelled, or
+    groups: Sequence[Quantized]  # as levels
+
+    def arrays(self) -> dict[str, NDArray[np.float32]]:
+        """Return the arrays; entries that were masked out are zero.
+
+        Raises
+        ------
+        WireFormatError
+            If a level is none of its grid, or a value is not finite.
+        """
+        flat = join([quantized.group.dequantize(quantized.levels) for quantized in self.groups])
+        flat = flat if self.values is None else self.values
+        if not np.isfinite(flat).all():
+            raise WireFormatError("the frame holds NaN or infinite values.")
+        return scatter(split(flat, self.sizes), self.mask, like=self.like)
+
+    def ideal_bits(self) -> float:
+        """Return the order-0 entropy of levels and mask, in bits; a float32 takes 32."""
+        bits = 0.0 if self.mask is None else mask_bits(self.mask)
+        levels = sum(order0_bits(quantized.levels) for quantized in self.groups)
+        return bits + levels + (0 if self.values is None else 32 * self.values.size)
 
 
 def read_header(data: bytes) -> Header:
@@ -183,24 +218,6 @@ def seal(
     head = _HEADER.pack(MAGIC, VERSION, grid, flags, schema_digest(arrays), count, len(schema), 0)[:-4]
     payload = b"".join([schema, *body])
     return head + struct.pack("<I", _checksum(head, payload)) + payload
-
-
-def _open(
-    data: bytes, like: NamedArrays, last_mask: Mask | None
-) -> tuple[Header, dict[str, NDArray[np.bool_]] | None, list[int], Reader]:
-    """Return header, mask, values carried of each array, and what follows the mask."""
-    header = read_header(data)
-    if header.digest != schema_digest(like):
-        raise SchemaMismatchError(
-            f"the frame holds {header.count} values of other names or shapes than the {num_values(like)} expected."
-            " Does this node use another LoRA rank?"
-        )
-    body = Reader(memoryview(data)[HEADER_SIZE + header.schema_size :])
-    mask = read_mask(body, header.flags, like, last_mask) if header.flags & MASKED else None
-    sizes = [int(m.sum()) for m in mask.values()] if mask else [array.size for array in like.values()]
-    if header.count != sum(sizes):
-        raise WireFormatError(f"count: expected {sum(sizes)} values, got {header.count}.")
-    return header, mask, sizes, body
 
 
 class _Draft:

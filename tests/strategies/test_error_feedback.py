@@ -122,7 +122,7 @@ def test_evaluation_messages_are_coded_too_and_count():
     )
     _, grid, result = run(strategy, clients(ErrorFeedbackMod()), 6)
     losses = [m["eval-loss"] for m in result.evaluate_metrics_clientapp.values()]
-    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
     entries = [e for e in grid.ledger.entries[6] if e.direction == "downlink"]
     assert len(entries) == 6, "two were trained, four evaluated"
 
