@@ -1,0 +1,149 @@
+"""Bytes until FedAvg's accuracy: ``python -m benchmarks.text_lora [--full]``.
+
+The task of ``examples/text_lora`` on SST-2, from the folder ``$FEDKIT_DATA_DIR/text/sst2``: MiniLM with LoRA (r 8,
+query and value), 8 clients, all 872 dev sentences. Real messages, really serialised; bytes are all of Flower's
+objects, uplink and downlink. An arm has arrived when the mean of 3 successive rounds reaches the mean of FedAvg's
+last 3, minus half a point; FedAvg's own bytes are counted up to there, too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+
+from benchmarks.harness import Bench, Row, parser, sources_digest
+from fedkit.clients import ErrorFeedbackMod
+from fedkit.codec.entropy_constrained import EntropyConstrained
+from fedkit.codec.wire import Codec
+from fedkit.config import parse
+from fedkit.flower import task_identity
+from fedkit.message import from_arrays, to_arrays
+from fedkit.rounds import RoundGrid
+from fedkit.strategies import ErrorFeedback
+
+APP = Path(__file__).parents[1] / "examples" / "text_lora"
+SETTINGS = {"learning-rate": 1.5e-3, "local-steps": 8, "text-column": "text_a"}
+FEDAVG, MARGIN, WINDOW = "FedAvg", 0.005, 3
+COLUMNS = {
+    "arm": "arm",
+    "final": "accuracy, last 3 rounds",
+    "rounds": "rounds until FedAvg − 0.5",
+    "up": "uplink kB until then",
+    "down": "downlink kB until then",
+    "times-up": "uplink, times fewer",
+    "times": "in all, times fewer",
+}
+
+
+def rates(up: float, down: float) -> Callable[..., FedAvg]:
+    """Return error feedback at so many bits per parameter; the initial arrays take 4."""
+    return partial(
+        ErrorFeedback,
+        quantizer=EntropyConstrained(up),
+        downlink=Codec(EntropyConstrained(down)),
+        initial=Codec(EntropyConstrained(4.0)),
+    )
+
+
+ARMS: dict[str, Callable[..., FedAvg]] = {FEDAVG: FedAvg}
+ARMS |= {f"error feedback, {up} bits up, {down} down": rates(up, down) for up, down in [(0.5, 1.0), (0.25, 0.5)]}
+
+
+def run(make: Callable[..., FedAvg], seed: int, num_rounds: int) -> Row:
+    """Return accuracy and bytes by round of one run."""
+    sys.path.insert(0, str(APP))
+    from text_lora import task
+    from text_lora.model import build_model
+
+    from fedkit.clients.adapters import get_adapter, set_adapter
+    from tests.helpers.grid import InProcessGrid
+
+    defaults = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    data = str(Path(os.environ["FEDKIT_DATA_DIR"]).resolve() / "text" / "sst2")
+    config = parse(task.Config, defaults | SETTINGS | {"data": data, "seed": seed})
+    model, (_, dev) = build_model(config), task.load_split(config)
+    parts = [task.load_partition(config, client) for client in range(config.num_clients)]
+    app, accuracy = ClientApp(mods=[ErrorFeedbackMod()]), []
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:  # the example's, with a model that is loaded once
+        client = int(context.node_config["partition-id"])
+        server_round = message.content.config_records["config"]["server-round"]
+        set_adapter(model, to_arrays(message.content.array_records["arrays"]))
+        chance = task.local_seed(config, int(server_round), client)
+        metrics = task.train(model, parts[client], config, seed=chance)
+        found = MetricRecord({"num-examples": len(parts[client]), **metrics})
+        return Message(RecordDict({"arrays": from_arrays(get_adapter(model)), "metrics": found}), reply_to=message)
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        if server_round:
+            set_adapter(model, to_arrays(arrays))
+            accuracy.append(task.evaluate(model, dev, config)["accuracy"])
+        return MetricRecord()
+
+    everybody = config.num_clients
+    strategy = make(fraction_evaluate=0.0, min_train_nodes=everybody, min_available_nodes=everybody)
+    grid = RoundGrid(InProcessGrid([app] * everybody))
+    strategy.start(grid, from_arrays(get_adapter(model)), num_rounds, evaluate_fn=evaluate)
+    totals = [grid.ledger.round_totals(k) for k in range(1, num_rounds + 1)]
+    traffic = {way: np.cumsum([t[f"{way}-bytes"] for t in totals]).tolist() for way in ("uplink", "downlink")}
+    return {"accuracy": accuracy, **traffic}
+
+
+def arrival(row: Row, target: float) -> int | None:
+    """Return the first round whose accuracy, averaged with the two before, is at least `target`."""
+    recent = [mean(row["accuracy"][k - WINDOW : k]) for k in range(WINDOW, len(row["accuracy"]) + 1)]
+    return next((k for k, value in enumerate(recent, WINDOW) if value >= target), None)
+
+
+def compare(name: str, rows: Sequence[Row], baselines: Sequence[Row]) -> Row:
+    """Return the line of one arm: means over the seeds; no bytes if a seed did not arrive."""
+    line: dict[str, Any] = {"arm": name, "final": mean(mean(row["accuracy"][-WINDOW:]) for row in rows)}
+    targets = [mean(row["accuracy"][-WINDOW:]) - MARGIN for row in baselines]
+    mine = [arrival(row, target) for row, target in zip(rows, targets, strict=True)]
+    theirs = [arrival(row, target) for row, target in zip(baselines, targets, strict=True)]
+    line["rounds"] = "/".join(map(str, mine))
+    if None in mine:
+        return line
+    for key, ways in {"up": ("uplink",), "down": ("downlink",), "all": ("uplink", "downlink")}.items():
+        ours = sum(row[way][at - 1] for row, at in zip(rows, mine, strict=True) for way in ways)
+        fedavg = sum(row[way][at - 1] for row, at in zip(baselines, theirs, strict=True) for way in ways)
+        line[key], line["times" if key == "all" else f"times-{key}"] = ours / len(rows) / 1e3, fedavg / ours
+    return line
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, help="instead of 16, or 6 without --full")
+    arguments.add_argument("--seeds", type=int, help="instead of 3, or 1 without --full")
+    options = arguments.parse_args(argv)
+    if "FEDKIT_DATA_DIR" not in os.environ:
+        sys.exit("Set FEDKIT_DATA_DIR to a folder that has text/sst2/train.jsonl.gz and dev.jsonl.gz.")
+    bench = Bench("text_lora", options)
+    rounds, seeds = options.rounds or (16 if bench.full else 6), options.seeds or (3 if bench.full else 1)
+    code = sources_digest("fedkit", "strategies", "clients", "examples/text_lora")
+    found: dict[str, list[Row]] = {name: [] for name in ARMS}
+    with task_identity(run_id=1, node_id=1):
+        for seed in range(seeds):
+            for name, make in ARMS.items():
+                params = {"seed": seed, "rounds": rounds, **SETTINGS, "code": "" if name == FEDAVG else code}
+                found[name].append(bench.arm(name, partial(run, make, seed, rounds), **params))
+    lines = [compare(name, rows, found[FEDAVG]) for name, rows in found.items()]
+    bench.table(f"MiniLM LoRA on SST-2, {rounds} rounds, {seeds} seeds", COLUMNS, lines)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
