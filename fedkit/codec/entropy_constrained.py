@@ -39,6 +39,7 @@ SIGNS_BELOW: Final = 1.1  # bits per value; all signs, blocks and scales take a 
 MAX_HALF: Final = 2**15 - 1
 _RATIOS: Final = (0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.3, 1.8, 2.5)  # threshold / step
 _SAMPLE: Final = 2**15  # values looked at to choose thresholds
+_EXACT: Final = 255  # levels whose squares float32 sums well enough
 
 
 class Design(NamedTuple):
@@ -143,12 +144,11 @@ def best_design(values: NDArray[np.float32], rate: float) -> Design:
     """Return the thresholds of least error that take about `rate` bits per value, found on a sample."""
     if values.size > _SAMPLE:
         values = values[np.random.default_rng(0).integers(values.size, size=_SAMPLE)]
-    sizes = np.sort(np.abs(values).astype(np.float64))
-    sample = _Sample(sizes, np.concatenate([[0.0], np.cumsum(sizes)]), float(sizes @ sizes))
+    sample = _Sample.of(values)
     if sample.energy == 0:
         return Design(math.inf, 1.0, 0.0)
     designs = []
-    for ratio in (*_RATIOS, 0.0) if rate > 1 else _RATIOS:
+    for ratio in (*_RATIOS, 0.0) if rate > 0.99 else _RATIOS:  # a percent is within what a rate is met to
         step = sample.solve(ratio, rate)
         designs.append(Design(ratio * step, step, sample.try_out(ratio * step, step).error))
     return min(designs, key=lambda design: design.error)
@@ -163,6 +163,14 @@ class _Sample(NamedTuple):
     sizes: NDArray[np.float64]  # absolute values, ascending
     sums: NDArray[np.float64]  # of the first n sizes
     energy: float
+    finest: float  # entropy of the values themselves, bits per value
+
+    @classmethod
+    def of(cls, values: NDArray[np.float32]) -> Self:
+        sizes = np.sort(np.abs(values).astype(np.float64))
+        shares = np.diff(np.flatnonzero(np.diff(sizes, prepend=-1, append=np.inf))) / max(sizes.size, 1)
+        finest = -(shares * np.log2(shares)).sum() + np.count_nonzero(sizes) / max(sizes.size, 1)
+        return cls(sizes, np.concatenate([[0.0], np.cumsum(sizes)]), float(sizes @ sizes), float(finest))
 
     def try_out(self, threshold: float, step: float) -> _Outcome:
         peak = self.sizes[-1]
@@ -179,10 +187,13 @@ class _Sample(NamedTuple):
 
     def solve(self, ratio: float, rate: float) -> float:
         """Return the step at which thresholds from ``ratio · step`` on take `rate` bits per value."""
-        high = 2 * float(self.sizes[-1])
+        high = 2.01 * float(self.sizes[-1])  # half of it is above every value
         low = high / 4
-        while self.try_out(ratio * low, low).rate < rate and low > high * 2.0**-15:
+        wanted = min(rate, self.finest - 1e-9)
+        while self.try_out(ratio * low, low).rate < wanted and low > high * 2.0**-15:
             low /= 2
+        if rate > wanted:
+            return low  # the values have few sizes, which smaller steps would not tell apart any better
         for _ in range(14):
             middle = math.sqrt(low * high)
             if self.try_out(ratio * middle, middle).rate > rate:
@@ -192,10 +203,10 @@ class _Sample(NamedTuple):
         return high
 
 
-def _line(n: float, j: float, jj: float, y: float, jy: float) -> tuple[float, float]:
-    """Return intercept and slope of least squares from the sums of 1, j, j², y and j·y."""
+def _line(n: float, j: float, jj: float, y: float, jy: float, exact: float = 1e-9) -> tuple[float, float]:
+    """Return intercept and slope of least squares from the sums of 1, j, j², y and j·y, which are `exact` to."""
     spread = n * jj - j * j
-    if spread <= 1e-9 * n * jj or n == 0:
+    if spread <= exact * n * jj or n == 0:
         return (y / n if n else 0.0), 0.0
     slope = (n * jy - j * y) / spread
     return (y - slope * j) / n, slope
@@ -215,8 +226,10 @@ def _threshold(values: NDArray[np.float32], design: Design) -> tuple[DesignedGro
         size = np.abs(part)
         k = np.trunc(np.clip(size * inverse + offset, 0, half))
         np.add(np.copysign(k, part), half, out=levels[start : start + CHUNK], casting="unsafe")
-        sent = (k > 0).astype(np.float32)
+        if half > _EXACT:
+            k, size = k.astype(np.float64), size.astype(np.float64)
+        sent = (k > 0).astype(k.dtype)
         sums += [sent.sum(), k.sum(dtype=np.float64), k @ k, size @ sent, size @ k]
     n, k_, kk, y, ky = sums
-    first, step = _line(n, k_ - n, kk - 2 * k_ + n, y, ky - y)
+    first, step = _line(n, k_ - n, kk - 2 * k_ + n, y, ky - y, 1e-9 if half > _EXACT else 1e-6)
     return DesignedGroup(half, float(np.float32(first)), float(np.float32(step)), values.size), levels

@@ -3,8 +3,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkit.codec.sparsify import density, gather, prune_and_regrow, random_mask, scatter
-from fedkit.errors import SchemaMismatchError
+from fedkit.arrays import flatten, flatten_mask
+from fedkit.codec.sections import MASK_CODED, MASK_DELTA, MASKED, Reader, read_mask, write_mask
+from fedkit.codec.sparsify import (
+    Magnitude,
+    Nonzero,
+    Structured,
+    TopK,
+    density,
+    gather,
+    prune_and_regrow,
+    random_mask,
+    scatter,
+)
+from fedkit.codec.wire import Codec, decode
+from fedkit.errors import ConfigError, SchemaMismatchError
 
 LIKE = {"w": np.zeros((8, 10), np.float32), "bias": np.zeros(10, np.float32)}
 
@@ -48,3 +61,107 @@ def test_the_least_go_and_the_largest_come():
 def test_a_mask_of_other_shapes_is_refused():
     with pytest.raises(SchemaMismatchError):
         gather(LIKE, {"w": np.ones((8, 10), np.bool_)})
+
+
+@given(share=st.floats(0.001, 1.0), seed=st.integers(0, 99))
+def test_no_mask_of_as_many_entries_keeps_more_than_top_k(share, seed):
+    update = some(seed)
+    mask = TopK(share).mask(update)
+    kept, every = np.abs(np.concatenate(gather(update, mask))), np.abs(flatten(update))
+    assert kept.size == max(1, round(share * 90))
+    assert np.array_equal(np.sort(kept), np.sort(every)[every.size - kept.size :])
+
+
+def test_of_equals_top_k_takes_the_first():
+    assert flatten_mask(TopK(0.1).mask(LIKE)).nonzero()[0].tolist() == list(range(9))
+
+
+@given(times=st.floats(0, 4), seed=st.integers(0, 99))
+def test_magnitude_keeps_what_exceeds_its_arrays_root_mean_square(times, seed):
+    update = some(seed)
+    mask = Magnitude(times).mask(update)
+    for name, array in update.items():
+        rms = np.sqrt(np.square(array, dtype=np.float64).mean())
+        assert (np.abs(array[mask[name]]) >= times * rms * (1 - 1e-9)).all()
+        assert (np.abs(array[~mask[name]]) <= times * rms * (1 + 1e-9)).all()
+
+
+@given(share=st.floats(0.001, 1.0), axis=st.sampled_from([0, 1]), seed=st.integers(0, 99))
+def test_structured_keeps_the_lines_of_largest_norm_and_vectors_whole(share, axis, seed):
+    update = some(seed)
+    mask = Structured(share, axis).mask(update)
+    lines = mask["w"] if axis == 0 else mask["w"].T
+    norms = np.linalg.norm(update["w"].astype(np.float64), axis=1 - axis)
+    assert np.array_equal(lines.any(axis=1), lines.all(axis=1)), "whole lines"
+    kept = lines.all(axis=1)
+    assert kept.sum() == max(1, round(share * kept.size))
+    assert norms[kept].min() >= norms[~kept].max(initial=0)
+    assert mask["bias"].all()
+
+
+@pytest.mark.parametrize("sparsifier", [TopK(0.2), Magnitude(1.0), Structured(0.2), Structured(0.2, 1), Nonzero()])
+def test_empty_arrays_and_scalars_have_masks_too(sparsifier):
+    update = {"none": np.zeros((0, 3), np.float32), "one": np.float32(2).reshape(()), "w": some(1)["w"]}
+    mask = sparsifier.mask(update)
+    assert {name: part.shape for name, part in mask.items()} == {n: a.shape for n, a in update.items()}
+    assert all(part.dtype == np.bool_ for part in mask.values())
+    assert all(part.size == 0 for part in sparsifier.mask({"none": update["none"]}).values())
+
+
+def test_nonzero_loses_nothing():
+    update = {"w": np.array([0, 1, 0, -2, -0.0], np.float32)}
+    assert Nonzero().mask(update)["w"].tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: TopK(0), lambda: TopK(1.1), lambda: Magnitude(-1), lambda: Structured(0.5, 2)]
+)
+def test_impossible_options_are_refused(make):
+    with pytest.raises(ConfigError):
+        make()
+
+
+# ---- masks on the wire -------------------------------------------------------------------------
+
+BIG = {"w": np.zeros((64, 64), np.float32), "bias": np.zeros(64, np.float32)}
+
+
+def on_the_wire(mask, last=None):
+    flags, section = write_mask(mask, last)
+    reader = Reader(memoryview(section))
+    back = read_mask(reader, flags, BIG, last)
+    reader.end()
+    assert all(np.array_equal(back[name], mask[name]) for name in mask)
+    return flags, len(section)
+
+
+def test_an_even_mask_is_a_bitmap_and_a_thin_one_is_coded():
+    assert on_the_wire(random_mask(BIG, 0.5, np.random.default_rng(0))) == (MASKED, 520)
+    flags, size = on_the_wire(random_mask(BIG, 0.02, np.random.default_rng(0)))
+    assert flags == MASKED | MASK_CODED
+    assert size < 110
+
+
+def test_a_mask_that_moved_a_little_travels_as_its_change():
+    rng = np.random.default_rng(0)
+    last = random_mask(BIG, 0.3, rng)
+    growth = {name: rng.normal(size=a.shape).astype(np.float32) for name, a in BIG.items()}
+    moved = prune_and_regrow(last, growth, growth, 0.02)
+    flags, size = on_the_wire(moved, last)
+    assert flags == MASKED | MASK_DELTA
+    assert size < 110
+    assert on_the_wire(last, last)[1] < 20
+    assert on_the_wire(random_mask(BIG, 0.02, np.random.default_rng(9)), last)[0] == MASKED | MASK_CODED
+
+
+def test_a_change_of_another_mask_is_refused():
+    last = random_mask(BIG, 0.3, np.random.default_rng(0))
+    update = {name: np.ones(a.shape, np.float32) for name, a in BIG.items()}
+    frame = Codec().encode(update, mask=last, last_mask=last)
+    other = random_mask(BIG, 0.3, np.random.default_rng(1))
+    for wrong in (None, other, {"w": last["w"]}):
+        with pytest.raises(SchemaMismatchError, match="does not have"):
+            decode(frame, like=update, last_mask=wrong)
+    assert np.array_equal(decode(frame, like=update, last_mask=last)["w"], last["w"])
+    with pytest.raises(SchemaMismatchError):
+        Codec().encode(update, mask=last, last_mask={"w": last["w"]})
