@@ -23,17 +23,20 @@ from numpy.typing import NDArray
 from benchmarks.harness import Bench, Row, parser, sources_digest
 from benchmarks.machine import peak_rise, side_by_side
 from fedkit.arrays import flatten, num_values
-from fedkit.clients import AquilaMod
+from fedkit.clients import AquilaMod, ErrorFeedbackMod
 from fedkit.codec.entropy_constrained import EntropyConstrained
 from fedkit.codec.protocol import Quantizer
 from fedkit.flower import Mod, task_identity
 from fedkit.message import from_arrays, to_arrays
-from fedkit.strategies import Aquila
+from fedkit.strategies import Aquila, ErrorFeedback
 
 Update = dict[str, NDArray[np.float32]]
 FEDAVG, SUM = "Flower FedAvg, dense float32", "numpy sum of the vectors"
 QUANTIZERS: dict[str, Quantizer] = {"1 bit": EntropyConstrained(1.0), "0.25 bit": EntropyConstrained(0.25)}
-PAIRS: dict[str, tuple[Callable[..., FedAvg], Mod]] = {"fedkit Aquila": (Aquila, AquilaMod())}
+PAIRS: dict[str, tuple[Callable[..., FedAvg], Mod]] = {
+    "fedkit ErrorFeedback": (ErrorFeedback, ErrorFeedbackMod()),
+    "fedkit Aquila": (Aquila, AquilaMod()),  # remembers every client's update: memory grows with the clients
+}
 COLUMNS = {
     "arm": "aggregate_train",
     "seconds": "seconds",
