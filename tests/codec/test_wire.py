@@ -1,6 +1,5 @@
 """The frame: round trips, sizes, golden bytes and hostile bytes."""
 
-import json
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -17,7 +16,6 @@ from fedkit.codec.snapshot import decode_snapshot, encode_snapshot
 from fedkit.codec.wire import Codec, decode, decode_masked, read_header
 from fedkit.errors import CodecError, SchemaMismatchError, UnsupportedVersionError, WireFormatError
 
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "wire" / "v1"
 CODECS = {"float32": Codec(), "aquila": Codec(AquilaMidTread()), "zero": Codec(ZeroMidTread())}
 UPDATE = {
     "lora_A": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4),
@@ -120,22 +118,6 @@ def test_another_version_is_an_error():
     frame[2] = 2
     with pytest.raises(UnsupportedVersionError, match="expected 1, got 2"):
         read_header(bytes(frame))
-
-
-def test_golden_frames_decode_for_ever():
-    golden = json.loads((GOLDEN / "frames.json").read_text())
-    assert set(golden) == {name for name, _ in frames()}
-    for name, case in golden.items():
-        decoded = read(name, bytes.fromhex(case["frame"]))
-        for array_name, values in case["decoded"].items():
-            assert decoded[array_name].ravel().tolist() == values, name
-
-
-def test_golden_frames_are_what_encode_makes():
-    golden = json.loads((GOLDEN / "frames.json").read_text())
-    for name, data in frames():
-        if name != "snapshot":  # zlib may compress names and shapes otherwise one day
-            assert data.hex() == golden[name]["frame"], name
 
 
 @pytest.mark.parametrize(("name", "data"), list(frames()), ids=[name for name, _ in frames()])
