@@ -46,6 +46,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self.entries: dict[int, list[Entry]] = {}  # by round
+        self._spent: Counter[int] = Counter()  # by node
+        self._envelope = 0
         self._uplink: dict[int, Entry] = {}  # the last of each node
         self._ideal: dict[int, float] = {}  # of each node's next message down
         self._counts: dict[int, Counter[str]] = {}
@@ -53,6 +55,8 @@ class Ledger:
 
     def enter(self, entry: Entry) -> None:
         """Enter one message."""
+        self._spent[entry.node_id] += entry.object_bytes
+        self._envelope = max(self._envelope, entry.object_bytes - entry.frame_bytes)
         if entry.direction == "uplink":
             self._uplink[entry.node_id] = entry
         else:
@@ -81,14 +85,21 @@ class Ledger:
             totals[f"{direction}-ideal-bytes"] = round(sum(e.ideal_bits for e in entries) / 8)
         return totals
 
-    def spent(self, client: str | None = None) -> int:
-        """Return the bytes of all messages, or of those to and from one client."""
-        return sum(
-            entry.object_bytes
-            for entries in self.entries.values()
-            for entry in entries
-            if client in (None, entry.client)
-        )
+    def spent(self, node_id: int | None = None) -> int:
+        """Return the bytes of all messages, or of those to and from one node."""
+        return sum(self._spent.values()) if node_id is None else self._spent[node_id]
+
+    def envelope(self, default: int) -> int:
+        """Return the most bytes that a message had besides its frames; `default` before there was one."""
+        return self._envelope or default
+
+    def last_upload(self, node_id: int) -> int:
+        """Return the bytes of a node's last frames; 0 before there are any."""
+        return self._uplink[node_id].frame_bytes if node_id in self._uplink else 0
+
+    def client_of(self, node_id: int) -> str:
+        """Return which client a node is, once it has answered; the node's id until then."""
+        return self._uplink[node_id].client if node_id in self._uplink else str(node_id)
 
     def recording(self, evaluate_fn: EvaluateFn, *, to: str | Path) -> EvaluateFn:
         """Return an `evaluate_fn` that also appends to ``rounds.jsonl`` and ``ledger.jsonl`` in the folder `to`.

@@ -2,9 +2,10 @@
 
 from .aquila import Aquila
 from .base import UpdateStrategy
+from .budget import Budget
 from .by_name import STRATEGIES, build
 from .error_feedback import ErrorFeedback
 from .safari import Safari
 from .tac import Tac
 
-__all__ = ["STRATEGIES", "Aquila", "ErrorFeedback", "Safari", "Tac", "UpdateStrategy", "build"]
+__all__ = ["STRATEGIES", "Aquila", "Budget", "ErrorFeedback", "Safari", "Tac", "UpdateStrategy", "build"]

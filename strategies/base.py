@@ -8,34 +8,34 @@ uploads, errors of single nodes, weights, metrics and the ledger.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from fedkit.aggregation.protocol import Aggregator, Cohort, Upload
-from fedkit.arrays import NamedArrays
+from fedkit.aggregation.protocol import Aggregator, Cohort
+from fedkit.arrays import NamedArrays, num_values
 from fedkit.broadcast import ALL_NONZERO
-from fedkit.codec.wire import Codec, open_frame
+from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
-from fedkit.errors import ConfigError, FedkitError, ReplyError
+from fedkit.errors import ConfigError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.message import (
     Instructions,
     Report,
     from_arrays,
-    read_frame,
     to_arrays,
     write_instructions,
     write_parcel,
 )
 from fedkit.rounds import RoundGrid
 
+from .budget import Budget
 from .downlink import Downlink
 from .options import FedAvgOptions
-from .replies import Registry, check_norm, mean_metrics, upload_of, weight_of
+from .replies import Inbox, Registry, mean_metrics, weight_of
 from .sampling import sample_nodes
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ class UpdateStrategy(FedAvg, Generic[S]):
         clients rebuilt (`fedkit.broadcast`). None: all arrays are sent, in float32.
     initial : Codec
         How the initial arrays are coded, once for each client; by default without loss.
+    budget : Budget, optional
+        How many bytes may travel; no limit if unset.
     seed : int
         Of the choice of clients, when not all take part.
     node_timeout : float
@@ -76,6 +78,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
         *,
         downlink: Codec | None = None,
         initial: Codec = ALL_NONZERO,
+        budget: Budget | None = None,
         seed: int = 0,
         node_timeout: float = 600.0,
         **fedavg: Unpack[FedAvgOptions],
@@ -87,7 +90,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
             raise ConfigError(f"downlink: {type(self).__name__} sends each node other arrays. Leave it unset.")
         self.aggregator, self.codec, self.seed, self.node_timeout = aggregator, codec, seed, node_timeout
         self.downlink = Downlink(downlink, initial, seed)
-        self.num_rounds = 1
+        self.num_rounds, self.budget = 1, budget
         self.ledger, self.registry = Ledger(), Registry()
         self._params: NamedArrays = {}
         self._cohort = Cohort(0, {})
@@ -139,11 +142,12 @@ class UpdateStrategy(FedAvg, Generic[S]):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the new arrays and the mean of the clients' metrics; (None, None) if nobody answered."""
-        judged = self._judge(replies)
+        inbox = Inbox(self.registry, self.ledger, self._cohort, self.weighted_by_key)
+        judged = inbox.judge(replies)
         if not judged:
             return None, None
         contents: list[RecordDict] = []
-        uploads = self._uploads(judged, contents)
+        uploads = inbox.uploads(judged, self.expected, contents)
         params, self.state, metrics = self.aggregator(self._params, self._cohort, uploads, self.state)
         params = self.downlink.advance(params, server_round)
         record = self.train_metrics_aggr_fn(contents, self.weighted_by_key) if contents else MetricRecord()
@@ -192,52 +196,29 @@ class UpdateStrategy(FedAvg, Generic[S]):
         """Return a fresh message for each node."""
         options = self.options(self._params)
         messages = []
-        for node_id, parcel, bits in self.downlink.parcels(sent, self.registry.versions):
+        parcels = list(self.downlink.parcels(sent, self.registry.versions))
+        codecs = self._codecs(server_round, {node_id: sum(map(len, p.frames)) for node_id, p, _ in parcels})
+        for node_id, parcel, bits in parcels:
+            if node_id not in codecs:
+                continue
             self.ledger.ideal(node_id, "downlink", bits)
             own = ConfigRecord(dict(config))
             accepted = self.registry.accepted_from(node_id)
-            write_instructions(own, Instructions(self.scheme, server_round, self.codec, accepted, options))
+            write_instructions(own, Instructions(self.scheme, server_round, codecs[node_id], accepted, options))
             content = RecordDict({self.configrecord_key: own})
             write_parcel(content, self.arrayrecord_key, own, parcel)
             messages.append(Message(content, dst_node_id=node_id, message_type=kind))
         return messages
 
-    def _judge(self, replies: Iterable[Message]) -> list[tuple[Report, Message]]:
-        """Return the replies that can be used, with their reports, by client id; refuse the others."""
-        judged: dict[str, tuple[Report, Message]] = {}
-        for reply in replies:
-            try:
-                report = self.registry.read(reply, self._cohort.sent)
-                weight_of(reply, self.weighted_by_key)
-                if report.client_id in judged:
-                    raise ReplyError(f"another node answered as client {report.client_id!r} already.")
-            except ReplyError as error:
-                self._refuse(reply.metadata.src_node_id, error, counted=reply.has_error())
-            else:
-                judged[report.client_id] = report, reply
-        return [judged[name] for name in sorted(judged)]
-
-    def _uploads(self, judged: Sequence[tuple[Report, Message]], contents: list[RecordDict]) -> Iterator[Upload]:
-        """Yield the uploads, decoded one at a time, and collect the contents of those that were accepted."""
-        for report, reply in judged:
-            node_id, content = reply.metadata.src_node_id, reply.content
-            try:
-                data, frame, arrays = b"", None, None
-                if not report.skipped:
-                    data = read_frame(content)
-                    frame = open_frame(data, like=self.expected(self._cohort.sent[node_id], report))
-                    arrays = frame.arrays()
-                    check_norm(arrays)
-            except FedkitError as error:
-                self._refuse(node_id, error)
-                continue
-            self.registry.accept(node_id, report, data)
-            self.ledger.note(self._cohort.server_round, skips=int(report.skipped))
-            self.ledger.ideal(node_id, "uplink", frame.ideal_bits() if frame else 0.0)
-            contents.append(content)
-            yield upload_of(reply, report, data, frame, arrays, weight_of(reply, self.weighted_by_key))
-
-    def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
-        logger.warning("round %d, node %d: reply refused: %s", self._cohort.server_round, node_id, error)
-        if not counted:  # an error reply was counted by the grid
-            self.ledger.note(self._cohort.server_round, rejected=1, replies=-1)
+    def _codecs(self, server_round: int, down: Mapping[int, int]) -> Mapping[int, Codec]:
+        """Return how each node that is asked codes its upload; `down`: bytes that nodes are to be sent."""
+        if self.budget is None:
+            return dict.fromkeys(down, self.codec)
+        return self.budget.codecs(
+            self.codec,
+            self.ledger,
+            down=down,
+            down_later=self.downlink.typical_bytes,
+            num_values=num_values(self._params),
+            rounds_left=self.num_rounds - server_round + 1,
+        )

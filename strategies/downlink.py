@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from fedkit.arrays import NamedArrays
+from fedkit.arrays import NamedArrays, num_values
 from fedkit.broadcast import Broadcast, snapshot_parcel
 from fedkit.codec.wire import Codec, open_frame
 from fedkit.message import Parcel
@@ -28,9 +28,11 @@ class Downlink:
     def __init__(self, codec: Codec | None, initial: Codec, seed: int) -> None:
         self.codec, self.initial, self.seed = codec, initial, seed
         self.broadcast: Broadcast | None = None
+        self._snapshot = 0  # bytes of all arrays in float32
 
     def begin(self, params: NamedArrays) -> NamedArrays:
         """Return the initial arrays as clients will rebuild them."""
+        self._snapshot = 4 * num_values(params)
         if self.codec is None:
             return params
         self.broadcast = Broadcast.begin(self.codec, params, self.initial, np.random.default_rng([self.seed, 0]))
@@ -42,6 +44,13 @@ class Downlink:
             return params
         self.broadcast = self.broadcast.advance(params, np.random.default_rng([self.seed, server_round]))
         return self.broadcast.arrays
+
+    @property
+    def typical_bytes(self) -> int:
+        """How many bytes of frames a node is sent in a round, once it is up to date."""
+        if self.broadcast is None:
+            return self._snapshot
+        return len(self.broadcast.frames[-1]) if len(self.broadcast.frames) > 1 else self._snapshot
 
     def parcels(
         self, sent: Mapping[int, NamedArrays], versions: Mapping[int, bytes]

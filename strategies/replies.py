@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from flwr.app import Message, MetricRecord, RecordDict
 
-from fedkit.aggregation.protocol import Upload
+from fedkit.aggregation.protocol import Cohort, Upload
 from fedkit.arrays import NamedArrays, squared_norm
-from fedkit.codec.wire import Frame
-from fedkit.errors import ReplyError
+from fedkit.codec.wire import Frame, open_frame
+from fedkit.errors import FedkitError, ReplyError
+from fedkit.ledger import Ledger
 from fedkit.memory import GENESIS, chain
-from fedkit.message import Report, read_report
+from fedkit.message import Report, read_frame, read_report
+
+logger = logging.getLogger(__name__)
 
 MAX_NORM: Final = 1e18  # the square of more would not fit a float32
 
@@ -74,6 +79,64 @@ class Registry:
         self._client_ids[node_id] = report.client_id
         if not report.skipped:
             self.accepted[report.client_id] = chain(report.base, frame)
+
+
+@dataclass(frozen=True, slots=True)
+class Inbox:
+    """Judges the replies of one round, one by one: a bad one is logged, counted, and treated as missing."""
+
+    registry: Registry
+    ledger: Ledger
+    cohort: Cohort
+    weight_key: str  # the metric that a reply weighs by
+
+    def judge(self, replies: Iterable[Message]) -> list[tuple[Report, Message]]:
+        """Return the replies that can be used, with their reports, by client id; refuse the others."""
+        judged: dict[str, tuple[Report, Message]] = {}
+        for reply in replies:
+            try:
+                report = self.registry.read(reply, self.cohort.sent)
+                weight_of(reply, self.weight_key)
+                if report.client_id in judged:
+                    raise ReplyError(f"another node answered as client {report.client_id!r} already.")
+            except ReplyError as error:
+                self._refuse(reply.metadata.src_node_id, error, counted=reply.has_error())
+            else:
+                judged[report.client_id] = report, reply
+        return [judged[name] for name in sorted(judged)]
+
+    def uploads(
+        self,
+        judged: Sequence[tuple[Report, Message]],
+        expected: Callable[[NamedArrays, Report], NamedArrays],
+        contents: list[RecordDict],
+    ) -> Iterator[Upload]:
+        """Yield the uploads, decoded one at a time, and collect the contents of those that were accepted.
+
+        `expected` returns arrays with the names and shapes of an upload, given what was sent and the report.
+        """
+        for report, reply in judged:
+            node_id = reply.metadata.src_node_id
+            try:
+                data, frame, arrays = b"", None, None
+                if not report.skipped:
+                    data = read_frame(reply.content)
+                    frame = open_frame(data, like=expected(self.cohort.sent[node_id], report))
+                    arrays = frame.arrays()
+                    check_norm(arrays)
+            except FedkitError as error:
+                self._refuse(node_id, error)
+                continue
+            self.registry.accept(node_id, report, data)
+            self.ledger.note(self.cohort.server_round, skips=int(report.skipped))
+            self.ledger.ideal(node_id, "uplink", frame.ideal_bits() if frame else 0.0)
+            contents.append(reply.content)
+            yield upload_of(reply, report, data, frame, arrays, weight_of(reply, self.weight_key))
+
+    def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
+        logger.warning("round %d, node %d: reply refused: %s", self.cohort.server_round, node_id, error)
+        if not counted:  # an error reply was counted by the grid
+            self.ledger.note(self.cohort.server_round, rejected=1, replies=-1)
 
 
 def content_of(reply: Message) -> RecordDict:

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.arrays import NamedArrays
-from fedkit.codec.wire import HEADER_SIZE, Codec, decode, read_header, seal
+from fedkit.codec.frame import HEADER_SIZE, read_header, seal
+from fedkit.codec.wire import Codec, decode
 from fedkit.errors import CodecError, WireFormatError
 
 MAX_SCHEMA_BYTES: Final = 2**20  # names and shapes, as JSON

@@ -1,4 +1,4 @@
-"""The frame: a versioned, self-describing record of named arrays; the only encode and decode.
+"""Named arrays ⇄ frames: the only encode and decode.
 
 A frame says everything but names and shapes, which both sides know: it holds an 8-byte digest of them, so that
 another schema is an error and not noise. `WIRE.md` is the specification, byte by byte; `fedkit.codec.snapshot` has
@@ -7,8 +7,6 @@ the frames that bring names and shapes along.
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -19,12 +17,10 @@ from numpy.typing import NDArray
 from fedkit.arrays import Mask, NamedArrays, check_finite, num_values, schema_digest
 from fedkit.codec.entropy import order0_bits
 from fedkit.codec.entropy_constrained import EntropyConstrained
+from fedkit.codec.frame import HEADER_SIZE, read_header, seal
 from fedkit.codec.protocol import Quantized, Quantizer, join
 from fedkit.codec.sections import (
-    CODED,
     FLOAT32,
-    MASK_CODED,
-    MASK_DELTA,
     MASKED,
     PER_ARRAY,
     Reader,
@@ -36,28 +32,11 @@ from fedkit.codec.sections import (
     write_mask,
 )
 from fedkit.codec.sparsify import Sparsifier, gather, scatter
-from fedkit.errors import CodecError, SchemaMismatchError, UnsupportedVersionError, WireFormatError
+from fedkit.errors import SchemaMismatchError, WireFormatError
 
-VERSION: Final = 1
-MAGIC: Final = b"fk"
-HEADER_SIZE: Final = 25
-
-_HEADER = struct.Struct("<2sBBB8sIII")  # magic, version, grid, flags, schema digest, count, schema size, checksum
-_FLAGS = (PER_ARRAY, MASKED, CODED, MASK_CODED, MASK_DELTA)
 _TRIES: Final = 4  # to meet a rate
 _FIXED: Final = 24  # bytes of a group of `EntropyConstrained`, and of a small table
 _CLOSE: Final = 0.01  # to a rate, relative
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The fixed fields of a frame, checksum verified."""
-
-    grid: int  # 0: float32 values; else how levels map to values, see `fedkit.codec.sections.GRIDS`
-    flags: int
-    digest: bytes  # of names and shapes, 8 bytes
-    count: int  # values carried, over all arrays
-    schema_size: int  # bytes of the schema section; 0 unless a snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,39 +166,6 @@ class Frame:
         return bits + levels + (0 if self.values is None else 32 * self.values.size)
 
 
-def read_header(data: bytes) -> Header:
-    """Return the fixed fields of a frame after checking magic, version and checksum.
-
-    Raises
-    ------
-    WireFormatError
-        If these are not the bytes of an undamaged frame.
-    UnsupportedVersionError
-        If the frame is of another version.
-    """
-    if len(data) < HEADER_SIZE or data[:2] != MAGIC:
-        raise WireFormatError("these bytes are not a fedkit frame.")
-    if data[2] != VERSION:
-        raise UnsupportedVersionError(f"frame version: expected {VERSION}, got {data[2]}. Update fedkit.")
-    _, _, grid, flags, digest, count, schema_size, checksum = _HEADER.unpack_from(data)
-    if checksum != _checksum(data[: HEADER_SIZE - 4], memoryview(data)[HEADER_SIZE:]):
-        raise WireFormatError("the checksum does not match: the frame was damaged on its way.")
-    if flags > sum(_FLAGS):
-        raise WireFormatError(f"flags: expected 0 to {sum(_FLAGS)}, got {flags}. Was this sent by a newer fedkit?")
-    return Header(grid, flags, digest, count, schema_size)
-
-
-def seal(
-    grid: int, flags: int, arrays: NamedArrays, count: int, body: Sequence[bytes], schema: bytes = b""
-) -> bytes:
-    """Return a frame of the given sections, with its header and checksum."""
-    if count >= 2**32:
-        raise CodecError(f"a frame carries at most {2**32 - 1} values, got {count}. Split the arrays.")
-    head = _HEADER.pack(MAGIC, VERSION, grid, flags, schema_digest(arrays), count, len(schema), 0)[:-4]
-    payload = b"".join([schema, *body])
-    return head + struct.pack("<I", _checksum(head, payload)) + payload
-
-
 class _Draft:
     """What stays the same while a rate is being met: all but the levels."""
 
@@ -253,7 +199,3 @@ class _Draft:
         coded, sections = write_groups(groups, self._sizes)
         grid = groups[0].group.grid if groups else FLOAT32
         return seal(grid, self._flags | flags | coded, self._update, sum(self._sizes), [self._mask, *sections])
-
-
-def _checksum(head: bytes, body: bytes | memoryview) -> int:
-    return zlib.crc32(body, zlib.crc32(head))
