@@ -23,6 +23,7 @@ __all__ = [
     "deflate",
     "inflate",
     "object_bytes",
+    "object_sizes",
     "refusal",
     "task_identity",
 ]
@@ -44,9 +45,14 @@ def inflate(object_id: str, objects: dict[str, bytes]) -> Message:
     return message
 
 
+def object_sizes(message: Message) -> list[int]:
+    """Return the sizes in bytes of the objects of a message, as Flower sends them, each with a call of its own."""
+    return [len(data) for data in deflate(message)[1].values()]
+
+
 def object_bytes(message: Message) -> int:
     """Return the size in bytes of all objects of a message, as Flower sends them."""
-    return sum(map(len, deflate(message)[1].values()))
+    return sum(object_sizes(message))
 
 
 def refusal(reason: str, *, reply_to: Message) -> Message:

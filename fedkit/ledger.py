@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 from flwr.app import ArrayRecord, MetricRecord
 
 from fedkit.errors import ConfigError
+from fedkit.sockets import Traffic
 
 Direction: TypeAlias = Literal["uplink", "downlink"]
 EvaluateFn: TypeAlias = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -35,6 +36,7 @@ class Entry:
     kind: str  # Flower's message type: train or evaluate
     object_bytes: int  # all of Flower's objects of the message
     frame_bytes: int  # the data of its arrays
+    objects: int  # how many, each with a call of its own
     ideal_bits: float = 0.0  # order-0 entropy of what the frames hold; 0 if unknown
 
 
@@ -51,6 +53,7 @@ class Ledger:
         self._uplink: dict[int, Entry] = {}  # the last of each node
         self._ideal: dict[int, float] = {}  # of each node's next message down
         self._counts: dict[int, Counter[str]] = {}
+        self._sockets: dict[int, Counter[str]] = {}
         self._start = time.monotonic()
 
     def enter(self, entry: Entry) -> None:
@@ -74,10 +77,16 @@ class Ledger:
         """Add to the counts of a round: asked, replies, skips, missing, rejected."""
         self._counts.setdefault(server_round, Counter()).update(counts)
 
+    def carry(self, server_round: int, traffic: Traffic) -> None:
+        """Add what the socket carried during a round, seen from the server."""
+        bytes_of = {"socket-uplink-bytes": traffic.received, "socket-downlink-bytes": traffic.sent}
+        self._sockets.setdefault(server_round, Counter()).update(bytes_of)
+
     def round_totals(self, server_round: int) -> dict[str, int]:
-        """Return bytes by direction, and the counts, of one round."""
+        """Return bytes by direction, and the counts, of one round; bytes on the socket, if they were metered."""
         counts = self._counts.get(server_round, Counter())
         totals = {key: counts[key] for key in ("asked", "replies", "skips", "missing", "rejected")}
+        totals |= self._sockets.get(server_round, {})
         for direction in ("uplink", "downlink"):
             entries = [e for e in self.entries.get(server_round, []) if e.direction == direction]
             totals[f"{direction}-bytes"] = sum(e.object_bytes for e in entries)

@@ -10,9 +10,10 @@ from flwr.serverapp import Grid
 
 from fedkit.errors import ReplyError
 from fedkit.faults import Faults
-from fedkit.flower import GridWrapper, object_bytes
+from fedkit.flower import GridWrapper, object_sizes
 from fedkit.ledger import Direction, Entry, Ledger
 from fedkit.message import SERVER_ROUND, read_report
+from fedkit.sockets import SocketMeter
 
 
 class RoundGrid(GridWrapper):
@@ -26,12 +27,22 @@ class RoundGrid(GridWrapper):
         Where messages are entered; a new one if unset.
     faults : Faults, optional
         Which replies are withheld, as if they had been lost; none if unset.
+    meter : SocketMeter, optional
+        Of the SuperLink's fleet port, in a deployment; what it counts during a round is entered in the ledger.
     """
 
-    def __init__(self, inner: Grid, *, ledger: Ledger | None = None, faults: Faults | None = None) -> None:
+    def __init__(
+        self,
+        inner: Grid,
+        *,
+        ledger: Ledger | None = None,
+        faults: Faults | None = None,
+        meter: SocketMeter | None = None,
+    ) -> None:
         super().__init__(inner)
         self.ledger = ledger or Ledger()
         self.faults = faults or Faults()
+        self.meter = meter
         self._clients: dict[int, str] = {}  # by node id
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -42,7 +53,10 @@ class RoundGrid(GridWrapper):
         server_round = _round_of(messages[0])
         for message in messages:
             self._enter(message, server_round, message.metadata.dst_node_id, "downlink")
+        before = None if self.meter is None else self.meter.read()
         replies = list(self.inner.send_and_receive(messages, timeout=timeout))
+        if self.meter is not None and before is not None:
+            self.ledger.carry(server_round, self.meter.read().since(before))
         for reply in replies:
             self._learn(reply)
             self._enter(reply, server_round, reply.metadata.src_node_id, "uplink")
@@ -57,7 +71,8 @@ class RoundGrid(GridWrapper):
             frames = sum(len(a.data) for record in message.content.array_records.values() for a in record.values())
         kind = str(message.metadata.message_type)
         client = self._clients.get(node_id, str(node_id))
-        entry = Entry(server_round, client, node_id, direction, kind, object_bytes(message), frames)
+        sizes = object_sizes(message)
+        entry = Entry(server_round, client, node_id, direction, kind, sum(sizes), frames, len(sizes))
         self.ledger.enter(entry)
 
     def _loses(self, server_round: int, reply: Message) -> bool:

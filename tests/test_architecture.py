@@ -18,7 +18,7 @@ LAYERS = [  # each may import from its own layer and from those below
     {"fedkit.cli", "fedkit.launch", "fedkit.report"},
     {"fedkit.strategies", "fedkit.clients"},
     {"fedkit.broadcast", "fedkit.rounds", "fedkit.memory", "fedkit.ledger", "fedkit.message"},
-    {"fedkit.flower", "fedkit.config"},
+    {"fedkit.flower", "fedkit.config", "fedkit.sockets"},
     {"fedkit.codec", "fedkit.aggregation", "fedkit.faults"},
     {"fedkit.arrays", "fedkit.errors", "fedkit.assets", "fedkit"},
 ]

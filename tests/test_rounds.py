@@ -13,6 +13,7 @@ from fedkit.faults import Faults
 from fedkit.flower import deflate, object_bytes
 from fedkit.ledger import Ledger
 from fedkit.rounds import RoundGrid
+from fedkit.sockets import Traffic
 from fedkit.strategies import Aquila
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import client_app, initial, targets
@@ -51,6 +52,21 @@ def test_a_lost_reply_was_still_sent():
     assert totals["missing"] == 4
     assert totals["replies"] == 0
     assert totals["uplink-bytes"] > 0
+
+
+def test_what_the_socket_carried_is_entered_if_there_is_a_meter():
+    class Meter:
+        readings = iter([Traffic(10, 20), Traffic(110, 320), Traffic(150, 330), Traffic(155, 335)])
+
+        def read(self):
+            return next(self.readings)
+
+    metered, plain = grid(meter=Meter()), grid()
+    for wrapped in (metered, plain):
+        Aquila(**EVERYBODY).start(wrapped, initial(), num_rounds=2)
+    totals = [metered.ledger.round_totals(k) for k in (1, 2)]
+    assert [(t["socket-uplink-bytes"], t["socket-downlink-bytes"]) for t in totals] == [(100, 300), (5, 5)]
+    assert not [key for key in plain.ledger.round_totals(1) if key.startswith("socket")]
 
 
 def test_object_bytes_is_what_flower_would_send():
