@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from fedkit.arrays import NamedArrays
 from fedkit.codec.frame import HEADER_SIZE, read_header, seal
 from fedkit.codec.wire import Codec, decode
-from fedkit.errors import CodecError, WireFormatError
+from fedkit.errors import WireFormatError
 
-MAX_SCHEMA_BYTES: Final = 2**20  # names and shapes, as JSON
+MAX_SCHEMA_BYTES: Final = 2**20  # names and shapes, as JSON; of a small snapshot 2**16 and its own size
+MAX_BRACKETS: Final = 2048  # in that JSON, two for an array, and one for each 128 bytes of the snapshot
 MAX_VALUES_PER_BYTE: Final = 4096  # of a whole snapshot; fewer than a real one has
 LOSSLESS: Final = Codec()
 
@@ -28,15 +29,15 @@ def encode_snapshot(
     Raises
     ------
     CodecError
-        If an entry is NaN or infinite.
+        If an entry is NaN or infinite, or the names and shapes take more than a receiver accepts.
     """
     frame = codec.encode(arrays, rng=rng)
     text = json.dumps([[name, array.shape] for name, array in arrays.items()], separators=(",", ":"))
-    if len(text) > MAX_SCHEMA_BYTES:
-        raise CodecError(f"names and shapes take {len(text)} bytes: expected at most {MAX_SCHEMA_BYTES}.")
     header = read_header(frame)
     body, schema = frame[HEADER_SIZE:], zlib.compress(text.encode(), 9)
-    return seal(header.grid, header.flags, arrays, header.count, [body], schema)
+    sealed = seal(header.grid, header.flags, arrays, header.count, [body], schema)
+    _read_schema(schema, len(sealed))  # a receiver has limits
+    return sealed
 
 
 def decode_snapshot(data: bytes) -> dict[str, NDArray[np.float32]]:
@@ -50,19 +51,22 @@ def decode_snapshot(data: bytes) -> dict[str, NDArray[np.float32]]:
     header = read_header(data)
     if not header.schema_size:
         raise WireFormatError("expected a snapshot, got a frame without names and shapes.")
-    shapes = _read_schema(data[HEADER_SIZE : HEADER_SIZE + header.schema_size])
-    size = sum(math.prod(shape) for shape in shapes.values())
+    shapes = _read_schema(data[HEADER_SIZE : HEADER_SIZE + header.schema_size], len(data))
+    size = sum(math.prod(max(n, 1) for n in shape) for shape in shapes.values())  # numpy minds (0, 2**64), too
     if size < header.count or size > MAX_VALUES_PER_BYTE * len(data):  # before anything of that size is made
         raise WireFormatError(f"the names and shapes call for {size} values, which cannot be in this frame.")
     return decode(data, like={name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()})
 
 
-def _read_schema(section: bytes) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes; every limit is checked before anything of that size is made."""
+def _read_schema(section: bytes, size: int) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a snapshot of `size` bytes; limits are checked before anything large is made."""
+    unpack = zlib.decompressobj()
     try:
-        text = zlib.decompressobj().decompress(section, MAX_SCHEMA_BYTES)
+        text = unpack.decompress(section, min(MAX_SCHEMA_BYTES, 2**16 + size))
+        if not unpack.eof or text.count(b"[") > MAX_BRACKETS + size // 128:
+            raise ValueError("cut short, or names and shapes of too many arrays for so few values")
         shapes = {str(name): tuple(int(n) for n in shape) for name, shape in json.loads(text)}
-    except (zlib.error, ValueError, TypeError, RecursionError) as error:
+    except (zlib.error, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise WireFormatError(f"the schema section cannot be read ({error}).") from None
     if any(len(shape) > 32 or min(shape, default=0) < 0 for shape in shapes.values()):
         raise WireFormatError("the schema section holds an impossible shape.")

@@ -26,12 +26,12 @@ def test_golden_frames_are_what_encode_makes(name):
     assert CASES[name].encode().hex() == GOLDEN[name][0].hex()
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.exact])
+@pytest.mark.parametrize("name", ["rotated-packed", "rotated-long"])
 def test_where_the_last_bit_of_a_sum_decides_frames_come_close(name):
     """The scales are sums, which machines add up in their own order; the seed of a rotation is numpy's."""
     case, (golden, _, values) = CASES[name], GOLDEN[name]
     frame = case.encode()
-    assert abs(len(frame) - len(golden)) <= 0.05 * len(golden)
+    assert len(frame) == len(golden)
     decoded = decode(frame, like=case.update)
     exact, before = (np.concatenate([np.ravel(a) for a in arrays.values()]) for arrays in (case.update, values))
     now = np.concatenate([a.ravel() for a in decoded.values()])

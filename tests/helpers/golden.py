@@ -59,7 +59,7 @@ class Case(NamedTuple):
     update: dict = SMALL
     mask: dict | None = None
     last_mask: dict | None = None
-    exact: bool = True  # made of operations that are the same on every machine
+    exact: bool = True  # made alike on every machine, by an encoder that is not tuned any more
 
     def encode(self):
         rng = np.random.default_rng(0)
