@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from fedkit.codec.entropy import decode_levels
+from fedkit.codec.entropy import decode_levels, encode_levels
 from fedkit.codec.sections import CODED, MASK_CODED, MASK_DELTA, MASKED, PER_ARRAY
 from fedkit.codec.wire import decode, read_header
+from tests.helpers import ans
 from tests.helpers.golden import CASES, SNAPSHOTS, load, read
 
 GOLDEN = load()
@@ -66,3 +67,20 @@ ffffffffffffffffffffffffffffffffff77ffffffffffffffffffffffffffffffffffffffffffff
 2e559cbb90acb8a1fe4152cac13f7488da008f9e501a5d4ad763f1594ad5715a918aec84be554af6f37bfee5c1981e4a802e
 318563043a9394000000
 """
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_coded_levels_are_what_the_specification_says(seed):
+    rng = np.random.default_rng(seed)
+    parts = []
+    for _ in range(rng.integers(1, 6)):
+        top, size = int(rng.choice([0, 1, 2, 5, 14, 100, 255, 3000])), int(rng.integers(0, 400))
+        parts.append(np.minimum(rng.integers(0, top + 1, size), rng.integers(0, top + 1, size)).astype(np.uint16))
+    section = encode_levels(parts)
+    assert ans.decode(section, [part.size for part in parts]) == np.concatenate(parts).tolist()
+
+
+def test_the_specification_reads_the_bytes_that_never_drift():
+    sizes = [40, 0, 7, 300]
+    section = bytes.fromhex(SECTION)
+    assert ans.decode(section, sizes) == np.concatenate(decode_levels(memoryview(section), sizes)).tolist()

@@ -15,6 +15,7 @@ from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.codec.snapshot import decode_snapshot, encode_snapshot
 from fedkit.codec.wire import Codec, decode, decode_masked, read_header
 from fedkit.errors import CodecError, SchemaMismatchError, UnsupportedVersionError, WireFormatError
+from tests.helpers import ans
 
 CODECS = {"float32": Codec(), "aquila": Codec(AquilaMidTread()), "zero": Codec(ZeroMidTread())}
 UPDATE = {
@@ -176,3 +177,20 @@ def test_the_example_of_the_specification_is_true():
     assert kept is not None
     assert kept["a"].tolist() == [True, False, True]
     assert Codec(ZeroMidTread(2, 2)).encode(update, mask=mask) == frame
+
+
+def test_the_coded_example_of_the_specification_is_true():
+    text = (Path(__file__).parents[2] / "fedkit" / "codec" / "WIRE.md").read_text()
+    frame = bytes.fromhex(text.split("```hex\n")[2].split("```")[0])
+    update = {"w": np.zeros((8, 8), np.float32)}
+    update["w"].ravel()[[3, 40]] = 1
+    assert np.array_equal(decode(frame, like=update)["w"], update["w"])
+    assert Codec(ZeroMidTread(2, 2)).encode(update) == frame
+    state = int.from_bytes(frame[-4:], "little")
+    assert (state, state % 2**24, state >> 24) == (1407369315, 14860387, 83)
+    symbols, starts = ans.model([(1, 0), (2, 79)])
+    assert ans.COSTS[79] == 547_500
+    assert (symbols[16], symbols[128]) == ((1, 1, 1, 2, 1, 1, 1, 1), (2, 1, 1, 1, 1, 1, 1, 1))
+    assert (starts[16], starts[17] - starts[16]) == (14754647, 423456)
+    assert state % 2**24 - starts[16] == 105740
+    assert ans.decode(frame[30:], [64]) == [2 if i in (3, 40) else 1 for i in range(64)]
