@@ -1,4 +1,23 @@
-"""Bytes per client, round and direction: sizes of what was really sent, never of what should have been."""
+"""Bytes per client, round and direction: sizes of what was really sent, never of what should have been.
+
+From objects to the socket
+--------------------------
+In a deployment over gRPC, a SuperNode asks the SuperLink for each object of a message in a call of its own, and
+pushes each object of its reply in another; each call has a request up and a response down. With n objects:
+
+==========  =====  =========================================  ==========================================
+message     calls  besides calls and objects, up              besides calls and objects, down
+==========  =====  =========================================  ==========================================
+downlink    n + 2  76 (n + 1): object and run in n requests   76 n + 129: tree of ids, protobuf, metadata
+                   and in the confirmation
+uplink      n + 1  186 n + 205: tree of ids, metadata; id,    68 n + 110: ids to be pushed, session
+                   run, session and protobuf in n requests
+==========  =====  =========================================  ==========================================
+
+An id is 64 hexadecimal digits. What a call costs besides, `CALL`, was measured where nothing else happens, in idle
+polling (``python -m benchmarks.wire`` measures it again): up, most of it is the node's public key, signature and
+time, which Flower sends with each call, in base64 and not compressed. `Entry.socket` is this sum.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from flwr.app import ArrayRecord, MetricRecord
 
@@ -19,6 +38,7 @@ from fedkit.sockets import Traffic
 
 Direction: TypeAlias = Literal["uplink", "downlink"]
 EvaluateFn: TypeAlias = Callable[[int, ArrayRecord], MetricRecord | None]
+CALL: Final = Traffic(received=604, sent=98)  # bytes of a call that says nothing: flwr 1.39.0 over gRPC, no TLS
 
 
 @dataclass(slots=True)
@@ -26,7 +46,7 @@ class Entry:
     """One message that was sent. Each size holds the one before it.
 
     What is between frames and objects is Flower's: the records' names, the app's config and metrics, and about
-    60 bytes for each object. What is between objects and the socket is gRPC's and Flower's calls.
+    60 bytes for each object. What is between objects and the socket is calls: see `socket`.
     """
 
     server_round: int
@@ -38,6 +58,15 @@ class Entry:
     frame_bytes: int  # the data of its arrays
     objects: int  # how many, each with a call of its own
     ideal_bits: float = 0.0  # order-0 entropy of what the frames hold; 0 if unknown
+
+    def socket(self, call: Traffic = CALL) -> Traffic:
+        """Return what the message makes the SuperLink's socket carry; see the module's docstring."""
+        n = self.objects
+        if self.direction == "downlink":
+            calls, up, down = n + 2, 76 * (n + 1), self.object_bytes + 76 * n + 129
+        else:
+            calls, up, down = n + 1, self.object_bytes + 186 * n + 205, 68 * n + 110
+        return Traffic(calls * call.received + up, calls * call.sent + down)
 
 
 class Ledger:

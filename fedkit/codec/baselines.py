@@ -49,7 +49,7 @@ class Qsgd:
         """Return each value rounded up or down at random, in proportion."""
         values = join(parts)
         half = 2 ** (self.bits - 1) - 1
-        norm = np.linalg.norm(values.astype(np.float64))
+        norm = float(np.linalg.norm(values.astype(np.float64)))
         scale = float(np.float32(min(norm * (1 + 1e-7), MAX_FLOAT32)))  # not below the norm, nor any value
         if scale == 0:
             return Quantized(MidTreadGroup(0, 0.0, values.size), np.zeros(values.size, np.uint16))

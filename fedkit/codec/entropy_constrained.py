@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.codec.protocol import CHUNK, MAX_FLOAT32, Group, Quantized, Take, join, look_up, tame
-from fedkit.codec.signs import SignsGroup, choose_signs, signs_of
+from fedkit.codec.signs import SignsGroup, send_signs, signs_error
 from fedkit.errors import ConfigError, WireFormatError
 
 MIN_RATE: Final = 0.05
@@ -38,6 +38,8 @@ MAX_RATE: Final = 8.0
 SIGNS_BELOW: Final = 1.1  # bits per value; all signs, blocks and scales take a little more than 1
 MAX_HALF: Final = 2**15 - 1
 _RATIOS: Final = (0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.3, 1.8, 2.5)  # threshold / step
+_LARGE: Final = 2**19  # values; of more, a part is looked at to decide how to code all
+_RUN: Final = 2**12  # values looked at together
 _SAMPLE: Final = 2**15  # values looked at to choose thresholds
 _EXACT: Final = 255  # levels whose squares float32 sums well enough
 
@@ -123,21 +125,23 @@ class EntropyConstrained:
     def quantize_to(self, parts: Sequence[NDArray[np.float32]], rate: float) -> Quantized:
         """Return the levels of least error that take about `rate` bits for each value."""
         parts, power = tame(parts)
-        group, levels = self._quantize_tame(parts, rate)
+        sample = thinned(parts)
+        design = best_design(join(sample), rate)
+        group: DesignedGroup | SignsGroup
+        if rate < SIGNS_BELOW and signs_error(sample, rate) < design.error:
+            group, levels = send_signs(parts, rate)
+        else:
+            group, levels = _threshold(join(parts), design)
         return Quantized(group.times_two_to(power) if power else group, levels)
 
-    @staticmethod
-    def _quantize_tame(
-        parts: Sequence[NDArray[np.float32]], rate: float
-    ) -> tuple[DesignedGroup | SignsGroup, NDArray[np.uint16]]:
-        values = join(parts)
-        design = best_design(values, rate)
-        if rate < SIGNS_BELOW and values.size:
-            energy = float(np.square(values, dtype=np.float64).sum())
-            sent, kept = choose_signs(parts, rate * values.size)
-            if energy - kept < design.error * energy:
-                return signs_of(parts, sent)
-        return _threshold(values, design)
+
+def thinned(parts: Sequence[NDArray[np.float32]]) -> Sequence[NDArray[np.float32]]:
+    """Return parts of at most about 2**19 values in all that stand for `parts`: every so many chunks of each."""
+    step = sum(part.size for part in parts) // _LARGE
+    if step < 2:
+        return parts
+    picked = [[part[start : start + _RUN] for start in range(0, part.size, step * _RUN)] for part in parts]
+    return [np.concatenate([part[:0], *runs]) for part, runs in zip(parts, picked, strict=True)]
 
 
 def best_design(values: NDArray[np.float32], rate: float) -> Design:
@@ -182,7 +186,7 @@ class _Sample(NamedTuple):
         shares = shares[shares > 0]
         rate = -(shares * np.log2(shares)).sum() + 1 - at[0] / self.sizes.size
         j = np.arange(counts.size)
-        first, slope = _line(counts.sum(), counts @ j, counts @ j**2, sums.sum(), sums @ j)
+        first, slope = _line(counts.sum(), float(counts @ j), float(counts @ j**2), sums.sum(), sums @ j)
         return _Outcome(rate, 1 - (first * sums.sum() + slope * (sums @ j)) / self.energy)
 
     def solve(self, ratio: float, rate: float) -> float:

@@ -42,7 +42,8 @@ def to_text(codec: Codec) -> str:
         names = [name for name, cls in known.items() if cls is type(chosen)]
         if not names:
             raise ConfigError(f"expected one of fedkit's {stage}s, got {chosen!r}: nodes would not know it.")
-        text[stage] = {names[0]: asdict(chosen)}
+        fields: Any = chosen
+        text[stage] = {names[0]: asdict(fields)}
     return json.dumps(text)
 
 

@@ -31,6 +31,8 @@ def pack_levels(levels: Levels, bits: int) -> bytes:
     """
     if bits == 8:
         return levels.astype(np.uint8).tobytes()
+    if bits == 1:
+        return np.packbits(levels.astype(np.bool_), bitorder="little").tobytes()
     chunks = []
     for start in range(0, levels.size, _CHUNK):
         fields = (levels[start : start + _CHUNK, None] >> np.arange(bits, dtype=np.uint16)) & 1
@@ -55,6 +57,8 @@ def unpack_levels(data: bytes | memoryview, count: int, bits: int) -> NDArray[np
         return np.zeros(count, np.uint16)
     if count * bits % 8 and raw[-1] >> (count * bits % 8):
         raise WireFormatError("levels: the padding bits are not zero.")
+    if bits == 1:
+        return np.unpackbits(raw, count=count, bitorder="little").astype(np.uint16)
     levels = np.zeros(count, np.uint16)
     for start in range(0, count, _CHUNK):
         part = levels[start : start + _CHUNK]

@@ -92,7 +92,7 @@ def tame(parts: Sequence[NDArray[np.float32]]) -> tuple[Sequence[NDArray[np.floa
 
     The power is 0, and nothing is copied, unless the largest value is below 1e-20 or above 1e20.
     """
-    peak = max((float(np.abs(part).max(initial=0)) for part in parts), default=0.0)
+    peak = max((float(max(part.max(), -part.min())) for part in parts if part.size), default=0.0)
     if peak == 0 or 1e-20 < peak < 1e20:
         return parts, 0
     power = math.frexp(peak)[1]
@@ -115,9 +115,10 @@ def look_up(
     table = _rounded(value_of(np.arange(top + 1, dtype=np.float64))) if top < 2**12 else None
     for start in range(0, levels.size, CHUNK):
         part = levels[start : start + CHUNK]
-        values[start : start + CHUNK] = (
-            _rounded(value_of(part.astype(np.float64))) if table is None else table[part]
-        )
+        if table is None:
+            values[start : start + CHUNK] = _rounded(value_of(part.astype(np.float64)))
+        else:
+            np.take(table, part, out=values[start : start + CHUNK], mode="clip")
     return values
 
 

@@ -30,6 +30,7 @@ GRIDS: Final[dict[int, type[Group]]] = {
     group.grid: group
     for group in (MidRiseGroup, MidTreadGroup, DesignedGroup, RotatedGroup, BlocksGroup, SignsGroup)
 }
+_WORTH: Final = 0.995  # of packed levels: what coding must save to be worth its time
 _U32 = struct.Struct("<I")
 
 
@@ -127,8 +128,9 @@ def write_groups(groups: Sequence[Quantized], sizes: Sequence[int]) -> tuple[int
     """Return flags and sections of quantized groups, the levels packed or coded, whichever is smaller."""
     heads = [quantized.group.to_bytes() for quantized in groups]
     packed = sum(packed_size(levels.size, group.bits) for group, levels in groups)
-    coded = encode_levels(_parts(groups, sizes)) if packed else b""
-    if packed and len(coded) < packed:
+    even = groups and isinstance(groups[0].group, SignsGroup)  # as many of each: nothing to gain
+    coded = b"" if even or not packed else encode_levels(_parts(groups, sizes))
+    if coded and len(coded) < _WORTH * packed:
         return CODED, [*heads, coded]
     return 0, [*heads, *(pack_levels(levels, group.bits) for group, levels in groups)]
 

@@ -80,49 +80,64 @@ class SignsGroup:
         """Return plus or minus the array's scale; entries of blocks that were not sent are zero."""
         if levels.size and int(levels.max()) > 1:
             raise WireFormatError("signs: a level is neither 0 nor 1.")
-        blocks = Blocks.of(self.sizes)
-        sent, minus = np.repeat(self.sent, blocks.sizes), np.zeros(sum(self.sizes), np.bool_)
-        minus[sent] = levels == 0
-        values = np.repeat(self.scales, self.sizes)
-        values[~sent] = 0
-        return np.negative(values, out=values, where=minus)
+        values = np.take(np.array([-1, 1], np.float32), levels)
+        if not self.sent.all():
+            sent, values_sent = np.repeat(self.sent, Blocks.of(self.sizes).sizes), values
+            values = np.zeros(sent.size, np.float32)
+            values[sent] = values_sent
+        start = 0
+        for size, scale in zip(self.sizes, self.scales, strict=True):
+            values[start : start + size] *= scale
+            start += size
+        return values
 
     def times_two_to(self, power: int) -> Self:
         """Return the group of the same values times ``2**power``."""
         return replace(self, scales=np.ldexp(self.scales, power))
 
 
-def choose_signs(parts: Sequence[NDArray[np.float32]], budget: float) -> tuple[NDArray[np.bool_], float]:
-    """Return the blocks to send in `budget` bits so that their signs lose the least, and the energy kept."""
-    blocks = Blocks.of([part.size for part in parts])
-    totals = _totals(parts, blocks)
+def signs_error(parts: Sequence[NDArray[np.float32]], rate: float) -> float:
+    """Return the share of the energy that is lost if signs are sent at `rate` bits per value."""
+    energy = sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)
+    blocks, totals, sent = _choose(parts, rate)
+    entries, sums = _by_array(blocks, totals, sent, len(parts))
+    kept = float((sums[entries > 0] ** 2 / entries[entries > 0]).sum())
+    return 1 - kept / energy if energy else 0.0
+
+
+def send_signs(parts: Sequence[NDArray[np.float32]], rate: float) -> tuple[SignsGroup, NDArray[np.uint16]]:
+    """Return the signs of the best blocks at `rate` bits per value, scaled by their mean size in each array."""
+    blocks, totals, sent = _choose(parts, rate)
+    entries, sums = _by_array(blocks, totals, sent, len(parts))
+    means = np.divide(sums, entries, out=np.zeros(len(parts)), where=entries > 0).astype(np.float32)
+    scales = (_leading(means).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    flat = join(parts)
+    kept = flat if sent.all() else flat[np.repeat(sent, blocks.sizes)]
+    return SignsGroup(scales, sent, tuple(part.size for part in parts)), (kept >= 0).astype(np.uint16)
+
+
+def _choose(
+    parts: Sequence[NDArray[np.float32]], rate: float
+) -> tuple[Blocks, NDArray[np.float64], NDArray[np.bool_]]:
+    """Return the blocks, the sum of each one's sizes, and which are sent: those of the largest mean."""
+    blocks, flat = Blocks.of([part.size for part in parts]), join(parts)
+    totals = np.zeros(blocks.starts.size)
+    if flat.size:
+        totals = np.add.reduceat(np.abs(flat), blocks.starts).astype(np.float64)
     order = np.argsort(-totals / blocks.sizes, kind="stable")
-    left = budget - blocks.sizes.size - 16 * np.minimum(len(parts), np.arange(1, order.size + 1))
+    left = rate * flat.size - blocks.sizes.size - 16 * np.minimum(len(parts), np.arange(1, order.size + 1))
     sent = np.zeros(order.size, np.bool_)
     sent[order[np.cumsum(blocks.sizes[order]) - blocks.sizes[order] // 2 <= left]] = True
-    by_array = np.bincount(blocks.owner[sent], totals[sent], len(parts))
-    entries = np.bincount(blocks.owner[sent], blocks.sizes[sent], len(parts))
-    return sent, float((by_array[entries > 0] ** 2 / entries[entries > 0]).sum())
+    return blocks, totals, sent
 
 
-def signs_of(
-    parts: Sequence[NDArray[np.float32]], sent: NDArray[np.bool_]
-) -> tuple[SignsGroup, NDArray[np.uint16]]:
-    """Return the signs of the blocks that are `sent`, with the mean size of each array's entries as its scale."""
-    sizes = tuple(part.size for part in parts)
-    blocks = Blocks.of(sizes)
-    entries = np.bincount(blocks.owner[sent], blocks.sizes[sent], len(parts))
-    totals = np.bincount(blocks.owner[sent], _totals(parts, blocks)[sent], len(parts))
-    means = np.divide(totals, entries, out=np.zeros(len(parts)), where=entries > 0).astype(np.float32)
-    scales = (_leading(means).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    kept = join(parts)[np.repeat(sent, blocks.sizes)]
-    return SignsGroup(scales, sent, sizes), (kept >= 0).astype(np.uint16)
-
-
-def _totals(parts: Sequence[NDArray[np.float32]], blocks: Blocks) -> NDArray[np.float64]:
-    """Return the sum of the sizes of each block's entries."""
-    flat = join(parts)
-    return np.add.reduceat(np.abs(flat), blocks.starts, dtype=np.float64) if flat.size else np.zeros(0)
+def _by_array(
+    blocks: Blocks, totals: NDArray[np.float64], sent: NDArray[np.bool_], arrays: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return, for each array, how many entries are sent, and the sum of their sizes."""
+    owner = blocks.owner[sent]
+    counts, sums = np.bincount(owner, blocks.sizes[sent], arrays), np.bincount(owner, totals[sent], arrays)
+    return counts.astype(np.float64), sums.astype(np.float64)
 
 
 def _leading(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:

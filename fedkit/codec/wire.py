@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedkit.arrays import Mask, NamedArrays, check_finite, num_values, schema_digest
 from fedkit.codec.entropy import order0_bits
-from fedkit.codec.entropy_constrained import EntropyConstrained
+from fedkit.codec.entropy_constrained import EntropyConstrained, thinned
 from fedkit.codec.frame import HEADER_SIZE, read_header, seal
 from fedkit.codec.protocol import Quantized, Quantizer, join
 from fedkit.codec.sections import (
@@ -35,7 +35,6 @@ from fedkit.codec.sparsify import Sparsifier, gather, scatter
 from fedkit.errors import SchemaMismatchError, WireFormatError
 
 _TRIES: Final = 4  # to meet a rate
-_FIXED: Final = 24  # bytes of a group of `EntropyConstrained`, and of a small table
 _CLOSE: Final = 0.01  # to a rate, relative
 
 
@@ -183,19 +182,34 @@ class _Draft:
         return self._frame([quantizer.quantize(self._parts, rng)], 0)
 
     def _encode_to(self, target: float, quantizer: EntropyConstrained) -> bytes:
-        """Return the frame, of a few tries, whose size is nearest to `target` bytes."""
-        fixed = HEADER_SIZE + len(self._mask) + _FIXED
+        """Return the frame whose size is nearest to `target` bytes, of a few tries; for large arrays a sample."""
+        fixed = HEADER_SIZE + len(self._mask)
         room = max(target - fixed, target / 2)  # of a small frame, what is fixed would leave nothing
-        rate = 8 * room / sum(self._sizes)
-        frames: list[bytes] = []
-        while len(frames) < _TRIES:
-            frames.append(self._frame([quantizer.quantize_to(self._parts, rate)], 0))
-            if abs(len(frames[-1]) - fixed - room) <= _CLOSE * target:
-                break
-            rate *= room / max(len(frames[-1]) - fixed, 1)
-        return min(frames, key=lambda frame: abs(len(frame) - fixed - room))
+        sample, total = thinned(self._parts), sum(self._sizes)
+        rate, group = _meet(quantizer, sample, room / total * sum(part.size for part in sample))
+        if sample is not self._parts:
+            group = quantizer.quantize_to(self._parts, rate)
+        return self._frame([group], 0)
 
     def _frame(self, groups: list[Quantized], flags: int) -> bytes:
         coded, sections = write_groups(groups, self._sizes)
         grid = groups[0].group.grid if groups else FLOAT32
         return seal(grid, self._flags | flags | coded, self._update, sum(self._sizes), [self._mask, *sections])
+
+
+def _meet(
+    quantizer: EntropyConstrained, parts: Sequence[NDArray[np.float32]], room: float
+) -> tuple[float, Quantized]:
+    """Return the rate, and the group, whose sections come nearest to `room` bytes."""
+    sizes = [part.size for part in parts]
+    rate = 8 * room / sum(sizes)
+    tries: list[tuple[float, float, Quantized]] = []
+    while len(tries) < _TRIES:
+        group = quantizer.quantize_to(parts, rate)
+        size = sum(map(len, write_groups([group], sizes)[1]))
+        tries.append((abs(size - room), rate, group))
+        if abs(size - room) <= _CLOSE * room:
+            break
+        rate *= room / size
+    _, rate, group = min(tries, key=lambda found: found[0])
+    return rate, group
