@@ -155,7 +155,12 @@ def forge(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
     """Replace what follows the header by a section made up: tables, bitmaps, words, or plain zeros."""
     front = data[HEADER_SIZE : HEADER_SIZE + rng.integers(0, 60)]
     table = bytes([rng.integers(4), rng.integers(8)]) + rng.bytes(rng.integers(1, 9))
-    rest = [bytes([rng.integers(10)]), rng.bytes(rng.integers(3)), table, rng.bytes(4 * rng.integers(40))]
+    rest = [
+        bytes([rng.integers(10) + 128 * rng.integers(2)]),
+        rng.bytes(rng.integers(3)),
+        table,
+        rng.bytes(4 * rng.integers(40)),
+    ]
     tail = b"".join(rest) if rng.random() < 0.6 else bytes(rng.integers(400))
     data[HEADER_SIZE:] = bytes(front) + tail
 

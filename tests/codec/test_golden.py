@@ -80,6 +80,15 @@ def test_coded_levels_are_what_the_specification_says(seed):
     assert ans.decode(section, [part.size for part in parts]) == np.concatenate(parts).tolist()
 
 
+def test_the_specification_reads_deflated_levels_too():
+    frame, known, _ = GOLDEN["zero-deflated"]
+    sizes = [array.size for array in known["like"].values()]
+    section = frame[25 + 5 * len(sizes) :]
+    assert section[0] >= 128
+    parts = decode_levels(memoryview(section), sizes)
+    assert ans.decode(section, sizes) == np.concatenate(parts).tolist()
+
+
 def test_the_specification_reads_the_bytes_that_never_drift():
     sizes = [40, 0, 7, 300]
     section = bytes.fromhex(SECTION)

@@ -127,6 +127,8 @@ def test_decoding_allocates_at_most_four_times_the_arrays(codec, like):
 
 
 FEW = {"w": np.zeros(3, np.float32), "v": np.zeros(2, np.float32)}
+DEFLATED = zlib.compress(bytes(10**8))  # a hundred megabytes from a hundred kilobytes
+FIVE = zlib.compress(b"\xff\xff")
 CODED_ZEROS = bytes([0, 0, 0, 0, 0])  # no shift, no owners, a table of level 0
 BOMBS = {
     "count": forged(0, 0, FEW, bytes(20), count=2**32 - 1),
@@ -145,6 +147,8 @@ BOMBS = {
     "signs": forged(6, 0, FEW, b"\x03" + b"\x80\x7f\x00\x00" + b"\x1f"),
     "shift": forged(3, 4, FEW, struct.pack("<Hff", 1, 1.0, 1.0) + b"\x09" + CODED_ZEROS),
     "owners": forged(3, 4, FEW, struct.pack("<Hff", 1, 1.0, 1.0) + b"\x00\xff" + bytes(900)),
+    "deflate": forged(3, 4, FEW, struct.pack("<Hff", 1, 1.0, 1.0) + b"\x80\0\0\1\0\0" + DEFLATED[2:-4]),
+    "deflated rank": forged(3, 4, FEW, struct.pack("<Hff", 1, 1.0, 1.0) + b"\x80\0\0\0\0" + FIVE[2:-4]),
     "stream": forged(3, 4, FEW, struct.pack("<Hff", 1, 1.0, 1.0) + b"\0\0\0\1\0\0" + b"\1" * 2_000_000),
     "coded mask": forged(0, 2 | 8, FEW, b"\xff\xff\xff\xff" + CODED_ZEROS + bytes(20)),
     "coded mask of twos": forged(0, 2 | 8, FEW, b"\5\0\0\0" + b"\0\0\2\0\0" + bytes(20)),

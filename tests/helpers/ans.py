@@ -1,19 +1,23 @@
 """The decoder of coded levels as `WIRE.md` describes it: slow and obvious, without numpy or the library."""
 
+import zlib
+
 COSTS = [round(2 ** (24 - byte / 16)) for byte in range(255)]
 
 
 def decode(data, sizes):
     """Return the levels of all parts."""
-    shift, owners, data = data[0], data[1 : 1 + -(-len(sizes) // 8)], data[1 + -(-len(sizes) // 8) :]
+    whole = data
+    shift, owners, data = data[0] % 128, data[1 : 1 + -(-len(sizes) // 8)], data[1 + -(-len(sizes) // 8) :]
     owns = [owners[i // 8] >> i % 8 & 1 for i in range(len(sizes))]
     tables = []
     for _ in range(1 + sum(owns)):
         first, count = data[0], data[1] + 1
         tables.append([(first + i, byte) for i, byte in enumerate(data[2 : 2 + count]) if byte != 255])
         data = data[2 + count :]
-    end = -(-sum(sizes) * shift // 8)
-    fields, words = int.from_bytes(data[:end], "little"), data[end:]
+    end, deflated = -(-sum(sizes) * shift // 8), whole[0] >= 128
+    fields, words = int.from_bytes(data[:end], "little"), b"" if deflated else data[end:]
+    numbers = iter(zlib.decompress(data[end:], -15) if deflated else b"")
     words = [int.from_bytes(words[i : i + 4], "little") for i in range(0, len(words), 4)]
     state = 0
     for _ in range(min(2, len(words))):
@@ -23,6 +27,9 @@ def decode(data, sizes):
         table, part = next(own) if owner else tables[0], []
         symbols, starts = model(table)
         while len(part) < size:
+            if deflated:
+                part += symbols[next(numbers)]
+                continue
             if len(symbols) == 1:
                 part += symbols[0]
                 continue
@@ -35,6 +42,7 @@ def decode(data, sizes):
         levels += part[:size]
     assert state == 0
     assert not words
+    assert not list(numbers)
     return [level << shift | fields >> shift * i & (1 << shift) - 1 for i, level in enumerate(levels)]
 
 
