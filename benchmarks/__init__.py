@@ -3,6 +3,7 @@
 - ``codec``: error against real bytes, speed and memory of our codecs and of every peer that installs, and bounds
 - ``aggregate``: the server's work on a thousand uploads, beside Flower's FedAvg on the same updates
 - ``fuzz``: hostile bytes, a minute of mutated frames or a million of them
+- ``wire``: the ledger beside the kernel's count of the SuperLink's port, in a deployment
 - ``innovations``: records what the codecs are measured on
 
 Each is small by default; ``--full`` makes the README's figures, ``--json FILE`` writes the table as data. Rows go
