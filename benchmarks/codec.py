@@ -159,17 +159,23 @@ def speed(peer: Peer, vector: Vector, repeats: int) -> Row:
 
 
 def duel(vector: Vector, repeats: int) -> Row:
-    """Return seconds, in one run: ours nearest 1 bit, EDEN at 1 bit, and pcodec on the levels of ours."""
+    """Return seconds, in one run: ours at 1 bit, EDEN at 1 bit, and pcodec on the levels of ours.
+
+    Ours and EDEN go from values to bytes and back. pcodec starts from levels; going back, the levels are looked
+    up, since values are what is wanted.
+    """
     ours = next(peer for peer in OURS if peer.name == MAIN)
     coders: dict[str, Coder] = {"ours": ours.make(ours.at_one_bit or 1.0)}
     coders |= {"eden": Eden(1, unbiased=True), "eden-padded": Eden(1, unbiased=True, padded=True)}
     frames = {name: coder.encode(vector) for name, coder in coders.items()}
     values = coders["ours"].decode(frames["ours"], vector.size)
-    levels = np.unique(values, return_inverse=True)[1].astype(np.int16)
+    known, inverse = np.unique(values, return_inverse=True)
+    levels = inverse.astype(np.int16)
     packed = encode_levels(levels)
     arms: dict[str, Callable[[], object]] = {
         "pcodec-encode": partial(encode_levels, levels),
-        "pcodec-decode": partial(decode_levels, packed),
+        "pcodec-decode": lambda: np.take(known, decode_levels(packed), mode="clip"),
+        "pcodec-levels-decode": partial(decode_levels, packed),
     }
     for name, coder in coders.items():
         arms[f"{name}-encode"] = partial(coder.encode, vector)
@@ -190,13 +196,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--count", type=int, help="how many values speed is measured on")
     options = arguments.parse_args(argv)
     bench = Bench("codec", options)
-    figures = {}
+    figures: dict[str, Any] = {}
+    values = np.zeros(1, np.float32)
     for app, recordings in recorded(options).items():
+        values = flatten(recordings[-1].update)
         rows, bound_row = curves(bench, app, recordings), bound(bench, app, recordings)
         figures[app] = rows, bound_row
         bench.table(f"{app}: {len(recordings)} recordings", CURVE, rows)
         _print_verdict(bench, app, verdict(rows, bound_row))
-    measure_speed(bench, options.count or (10_000_000 if bench.full else 1_000_000))
+    measure_speed(bench, options.count or (10_000_000 if bench.full else 1_000_000), values)
     bench.finish()
     if options.plot:
         from benchmarks.plot import plot
@@ -216,7 +224,7 @@ def recorded(options: Any) -> dict[str, list[innovations.Recording]]:
     return apps
 
 
-def measure_speed(bench: Bench, count: int) -> None:
+def measure_speed(bench: Bench, count: int, recorded_values: Vector) -> None:
     """Add the rows of speed and memory."""
     vector, repeats = laplace(count), 5 if bench.full else 3
     code = sources_digest("fedkit/codec")
@@ -227,13 +235,18 @@ def measure_speed(bench: Bench, count: int) -> None:
             params = {"codec": peer.name, "knob": peer.at_one_bit, "count": count, "speed": True, **ours}
             rows.append(bench.arm(peer.name, partial(speed, peer, vector, repeats), **params))
     bench.table(f"{count:,} values, one thread", SPEED, rows)
-    row = bench.arm("ours, EDEN, pcodec", lambda: duel(vector, repeats), count=count, code=code)
-    contestants = [
-        {"arm": n, "codec": n, **{k: row.get(f"{n}-{k}") for k in ("bits", "encode", "decode")}}
-        for n in ("ours", "eden", "eden-padded", "pcodec")
-    ]
-    shown = contestants if MISSING not in row else [row]
-    bench.table("side by side", {key: SPEED[key] for key in ("codec", "bits", "encode", "decode")}, shown)
+    for data, values in {
+        "recorded values, repeated": np.resize(recorded_values, count),
+        "Laplace": vector,
+    }.items():
+        name = f"ours, EDEN, pcodec on {data}"
+        row = bench.arm(name, partial(duel, values, repeats), count=count, code=code)
+        contestants = [
+            {"arm": n, "codec": n, **{k: row.get(f"{n}-{k}") for k in ("bits", "encode", "decode")}}
+            for n in ("ours", "eden", "eden-padded", "pcodec", "pcodec-levels")
+        ]
+        shown = contestants if MISSING not in row else [row]
+        bench.table(data, {key: SPEED[key] for key in ("codec", "bits", "encode", "decode")}, shown)
 
 
 def _print_verdict(bench: Bench, app: str, rows: Sequence[Row]) -> None:

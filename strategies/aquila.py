@@ -52,8 +52,8 @@ class Aquila(UpdateStrategy[LazyState]):
 
     @classmethod
     def published(cls, *, beta: float = 0.1, **options: Any) -> Self:
-        """Return AQUILA as published: the grid without a zero, b* from 1 bit up, every client counts the same."""
-        return cls(beta=beta, quantizer=AquilaMidTread(), weighted=False, **options)
+        """Return AQUILA as published: the grid without a zero, b* from 1 bit up, no weights, a dense downlink."""
+        return cls(beta=beta, quantizer=AquilaMidTread(), weighted=False, **{"downlink": None, **options})
 
     def options(self, params: NamedArrays) -> Mapping[str, Scalar]:
         """Return the skip threshold, and remember the parameters for the next one."""

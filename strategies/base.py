@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 
 from fedkit.aggregation.protocol import Aggregator, Cohort
 from fedkit.arrays import NamedArrays, num_values
-from fedkit.broadcast import ALL_NONZERO
+from fedkit.broadcast import ALL_NONZERO, TWO_BITS
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError, ReplyError
@@ -53,8 +53,8 @@ class UpdateStrategy(FedAvg, Generic[S]):
     codec : Codec
         How clients code what they send.
     downlink : Codec, optional
-        How the server codes the change of the arrays; `evaluate_fn` and the result then see the arrays that the
-        clients rebuilt (`fedkit.broadcast`). None: all arrays are sent, in float32.
+        How the server codes the change of the arrays; `evaluate_fn` and the result see the arrays that the clients
+        rebuilt (`fedkit.broadcast`). None: all arrays are sent, in float32, every time.
     initial : Codec
         How the initial arrays are coded, once for each client; by default without loss.
     budget : Budget, optional
@@ -76,7 +76,7 @@ class UpdateStrategy(FedAvg, Generic[S]):
         aggregator: Aggregator[S],
         codec: Codec,
         *,
-        downlink: Codec | None = None,
+        downlink: Codec | None = TWO_BITS,
         initial: Codec = ALL_NONZERO,
         budget: Budget | None = None,
         seed: int = 0,

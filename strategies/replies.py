@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from flwr.app import Message, MetricRecord, RecordDict
 
 from fedkit.aggregation.protocol import Cohort, Upload
-from fedkit.arrays import NamedArrays, squared_norm
+from fedkit.arrays import NamedArrays, flatten
 from fedkit.codec.wire import Frame, open_frame
 from fedkit.errors import FedkitError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.memory import GENESIS, chain
-from fedkit.message import Report, read_frame, read_report
+from fedkit.message import Report, read_frame, read_report, restore_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ class Registry:
         self.accepted: dict[str, bytes] = {}  # by client id
         self.versions: dict[int, bytes] = {}  # of the arrays that a node said it holds; by node id
         self._client_ids: dict[int, str] = {}  # by node id; known once a node has answered
+        self._node_ids: dict[str, int] = {}  # the other way round, of the node that answered last
 
     def order(self, node_id: int) -> tuple[str, int]:
         """Return a sort key: by client, since node ids are random."""
@@ -49,8 +50,8 @@ class Registry:
         node_id, report = reply.metadata.src_node_id, self.read_version(reply)
         if node_id not in asked:
             raise ReplyError("it was not asked.")
-        owners = {n for n, name in self._client_ids.items() if name == report.client_id and n in asked}
-        if owners - {node_id}:
+        owner = self._node_ids.get(report.client_id, node_id)
+        if owner != node_id and owner in asked:
             raise ReplyError(f"another node of this round is client {report.client_id!r} already.")
         if report.base not in (GENESIS, self.accepted.get(report.client_id, GENESIS)):
             raise ReplyError("its upload adds to a history that the server does not have.")
@@ -67,6 +68,7 @@ class Registry:
         node_id = reply.metadata.src_node_id
         self.versions.pop(node_id, None)
         report = read_report(content_of(reply))
+        restore_metrics(reply.content)
         self.versions[node_id] = report.version
         return report
 
@@ -77,8 +79,17 @@ class Registry:
     def accept(self, node_id: int, report: Report, frame: bytes) -> None:
         """Take note that an upload, or a skip, was accepted."""
         self._client_ids[node_id] = report.client_id
+        self._node_ids[report.client_id] = node_id
         if not report.skipped:
             self.accepted[report.client_id] = chain(report.base, frame)
+
+
+class Judged(NamedTuple):
+    """A reply that can be used."""
+
+    reply: Message
+    report: Report
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,24 +101,24 @@ class Inbox:
     cohort: Cohort
     weight_key: str  # the metric that a reply weighs by
 
-    def judge(self, replies: Iterable[Message]) -> list[tuple[Report, Message]]:
-        """Return the replies that can be used, with their reports, by client id; refuse the others."""
-        judged: dict[str, tuple[Report, Message]] = {}
+    def judge(self, replies: Iterable[Message]) -> list[Judged]:
+        """Return the replies that can be used, by client id; refuse the others."""
+        judged: dict[str, Judged] = {}
         for reply in replies:
             try:
                 report = self.registry.read(reply, self.cohort.sent)
-                weight_of(reply, self.weight_key)
+                weight = weight_of(reply, self.weight_key)
                 if report.client_id in judged:
                     raise ReplyError(f"another node answered as client {report.client_id!r} already.")
             except ReplyError as error:
                 self._refuse(reply.metadata.src_node_id, error, counted=reply.has_error())
             else:
-                judged[report.client_id] = report, reply
+                judged[report.client_id] = Judged(reply, report, weight)
         return [judged[name] for name in sorted(judged)]
 
     def uploads(
         self,
-        judged: Sequence[tuple[Report, Message]],
+        judged: Sequence[Judged],
         expected: Callable[[NamedArrays, Report], NamedArrays],
         contents: list[RecordDict],
     ) -> Iterator[Upload]:
@@ -115,7 +126,7 @@ class Inbox:
 
         `expected` returns arrays with the names and shapes of an upload, given what was sent and the report.
         """
-        for report, reply in judged:
+        for reply, report, weight in judged:
             node_id = reply.metadata.src_node_id
             try:
                 data, frame, arrays = b"", None, None
@@ -131,7 +142,7 @@ class Inbox:
             self.ledger.note(self.cohort.server_round, skips=int(report.skipped))
             self.ledger.ideal(node_id, "uplink", frame.ideal_bits() if frame else 0.0)
             contents.append(reply.content)
-            yield upload_of(reply, report, data, frame, arrays, weight_of(reply, self.weight_key))
+            yield upload_of(reply, report, data, frame, arrays, weight)
 
     def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
         logger.warning("round %d, node %d: reply refused: %s", self.cohort.server_round, node_id, error)
@@ -178,7 +189,8 @@ def weight_of(reply: Message, key: str) -> float:
 
 def check_norm(arrays: NamedArrays) -> None:
     """Raise ReplyError for an upload so long that the new parameters might not be finite."""
-    if not squared_norm(arrays) < MAX_NORM**2:
+    flat = flatten(arrays)
+    if not flat @ flat < MAX_NORM**2:
         raise ReplyError(f"its upload is longer than {MAX_NORM:.0e}. Did training diverge?")
 
 

@@ -85,7 +85,7 @@ class Safari(UpdateStrategy[CompensateState]):
             warmup_rounds=0,
             sparse_model=True,
             weighted=False,
-            **options,
+            **{"downlink": None, **options},
         )
 
     def options(self, params: NamedArrays) -> Mapping[str, Scalar]:

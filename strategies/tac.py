@@ -64,6 +64,7 @@ class Tac(UpdateStrategy[ClusterState]):
         seed: int = 0,
         **options: Any,
     ) -> None:
+        options.setdefault("downlink", None)
         super().__init__(
             ClusterMean(num_clusters, distinct, weighted, seed), Codec(quantizer), seed=seed, **options
         )

@@ -97,7 +97,7 @@ class WatchedGrid(RoundGrid):
 def test_both_sides_agree_after_every_acknowledgement(data, rounds):
     events = st.sampled_from(["arrive", "arrive", "lose", "forget"])
     schedule = data.draw(st.lists(st.lists(events, min_size=3, max_size=3), min_size=rounds, max_size=rounds))
-    strategy = Aquila(beta=0.2, fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
+    strategy = Aquila(beta=0.2, downlink=None, fraction_evaluate=0.0, min_train_nodes=3, min_available_nodes=3)
     grid = WatchedGrid(InProcessGrid([client_app([AquilaMod()], t) for t in targets(3)]), strategy, schedule)
     strategy.start(grid, initial(), num_rounds=rounds)
     everything_arrived = all(event == "arrive" for row in schedule for event in row)
@@ -108,7 +108,7 @@ def test_both_sides_agree_after_every_acknowledgement(data, rounds):
 @pytest.mark.parametrize("drop", [0.0, 0.3])
 @pytest.mark.parametrize("beta", [0.0, 0.2])
 def test_training_reaches_the_same_optimum_with_and_without_loss(drop, beta):
-    strategy = Aquila(beta=beta, fraction_evaluate=0.0, min_train_nodes=5)
+    strategy = Aquila(beta=beta, downlink=None, fraction_evaluate=0.0, min_train_nodes=5)
     grid = InProcessGrid([client_app([AquilaMod()], t) for t in targets(5)])
     result = strategy.start(RoundGrid(grid, faults=Faults(drop=drop)), initial(), num_rounds=60)
     params = np.concatenate([a.numpy().ravel() for a in result.arrays.values()])
@@ -127,7 +127,7 @@ def test_without_the_acknowledgement_the_same_run_goes_wrong(monkeypatch):
         return self.arrays
 
     monkeypatch.setattr(ClientMemory, "settle", trust_at_once)
-    strategy = Aquila(beta=0.0, fraction_evaluate=0.0, min_train_nodes=5)
+    strategy = Aquila(beta=0.0, downlink=None, fraction_evaluate=0.0, min_train_nodes=5)
     grid = InProcessGrid([client_app([AquilaMod()], t) for t in targets(5)])
     result = strategy.start(RoundGrid(grid, faults=Faults(drop=0.3)), initial(), num_rounds=60)
     params = np.concatenate([a.numpy().ravel() for a in result.arrays.values()])

@@ -30,11 +30,14 @@ class Mean:
     ) -> Aggregate[None]:
         """Return params + mean of the uploads."""
         total, sums = 0.0, np.zeros(num_values(params), np.float64)
+        scaled = np.empty_like(sums)
         for upload in uploads:
             if upload.arrays is not None:
                 weight = upload.num_examples if self.weighted else 1.0
                 total += weight
-                sums += weight * flatten(upload.arrays).astype(np.float64)
+                scaled[:] = flatten(upload.arrays)
+                scaled *= weight
+                sums += scaled
         if total:
             sums /= total
         return Aggregate(add(params, unflatten(sums.astype(np.float32), like=params)), None, {})

@@ -82,7 +82,11 @@ def order0_bits(levels: Levels) -> float:
     >>> order0_bits(np.array([0, 1, 1, 0], np.uint16))
     4.0
     """
-    counts = np.bincount(levels)
+    if levels.size and int(levels.max()) <= 1:  # signs and masks, much faster
+        ones = int(np.count_nonzero(levels))
+        counts = np.array([levels.size - ones, ones])
+    else:
+        counts = np.bincount(levels)
     counts = counts[counts > 0]
     return float(levels.size * np.log2(levels.size or 1) - (counts * np.log2(counts)).sum())
 

@@ -41,6 +41,7 @@ _RATIOS: Final = (0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.3, 1.8, 2.5)  # threshold / 
 _LARGE: Final = 2**19  # values; of more, a part is looked at to decide how to code all
 _RUN: Final = 2**12  # values looked at together
 _SAMPLE: Final = 2**15  # values looked at to choose thresholds
+_AS_GOOD: Final = 1.03  # times the error, at which signs are preferred: they are much faster to decode
 _EXACT: Final = 255  # levels whose squares float32 sums well enough
 
 
@@ -128,7 +129,7 @@ class EntropyConstrained:
         sample = thinned(parts)
         design = best_design(join(sample), rate)
         group: DesignedGroup | SignsGroup
-        if rate < SIGNS_BELOW and signs_error(sample, rate) < design.error:
+        if rate < SIGNS_BELOW and signs_error(sample, rate) < _AS_GOOD * design.error:
             group, levels = send_signs(parts, rate)
         else:
             group, levels = _threshold(join(parts), design)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar, Final, NamedTuple, Self
 
 import numpy as np
@@ -29,16 +30,17 @@ class Blocks(NamedTuple):
     sizes: NDArray[np.int64]
     owner: NDArray[np.int64]  # the array that a block is of
 
-    @classmethod
-    def of(cls, sizes: Sequence[int]) -> Self:
-        """Return the blocks of arrays of `sizes` entries: about 128 in all, of 64 to 1,024 entries."""
-        block = min(max(-(-sum(sizes) // NUM_BLOCKS), MIN_BLOCK), MAX_BLOCK)
-        counts = [-(-size // block) for size in sizes]
-        owner = np.repeat(np.arange(len(sizes)), counts)
-        within = np.concatenate([np.zeros(0, np.int64), *(block * np.arange(count) for count in counts)])
-        ends = np.cumsum([0, *sizes])
-        starts = within + ends[owner]
-        return cls(starts, np.minimum(block, ends[owner + 1] - starts), owner)
+
+@lru_cache(maxsize=64)
+def blocks_of(sizes: tuple[int, ...]) -> Blocks:
+    """Return the blocks of arrays of `sizes` entries: about 128 in all, of 64 to 1,024 entries."""
+    block = min(max(-(-sum(sizes) // NUM_BLOCKS), MIN_BLOCK), MAX_BLOCK)
+    counts = [-(-size // block) for size in sizes]
+    owner = np.repeat(np.arange(len(sizes)), counts)
+    within = np.concatenate([np.zeros(0, np.int64), *(block * np.arange(count) for count in counts)])
+    ends = np.cumsum([0, *sizes])
+    starts = within + ends[owner]
+    return Blocks(starts, np.minimum(block, ends[owner + 1] - starts), owner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +56,17 @@ class SignsGroup:
     @property
     def num_levels(self) -> int:
         """One for each entry of a block that is sent."""
-        return int(Blocks.of(self.sizes).sizes[self.sent].sum())
+        return int(blocks_of(self.sizes).sizes[self.sent].sum())
 
     def to_bytes(self) -> bytes:
         """Return which blocks are sent, and the scales of their arrays."""
-        scales = self.scales[np.unique(Blocks.of(self.sizes).owner[self.sent])]
+        scales = self.scales[np.unique(blocks_of(self.sizes).owner[self.sent])]
         return np.packbits(self.sent, bitorder="little").tobytes() + _leading(scales).astype("<u2").tobytes()
 
     @classmethod
     def read(cls, take: Take, sizes: Sequence[int]) -> Self:
         """Return the group; inverse of `to_bytes`."""
-        owner = Blocks.of(sizes).owner
+        owner = blocks_of(tuple(sizes)).owner
         bits = np.unpackbits(np.frombuffer(take(-(-owner.size // 8)), np.uint8), bitorder="little")
         if bits[owner.size :].any():
             raise WireFormatError("signs: the padding bits are not zero.")
@@ -80,14 +82,14 @@ class SignsGroup:
         """Return plus or minus the array's scale; entries of blocks that were not sent are zero."""
         if levels.size and int(levels.max()) > 1:
             raise WireFormatError("signs: a level is neither 0 nor 1.")
-        values = np.take(np.array([-1, 1], np.float32), levels)
-        if not self.sent.all():
-            sent, values_sent = np.repeat(self.sent, Blocks.of(self.sizes).sizes), values
-            values = np.zeros(sent.size, np.float32)
-            values[sent] = values_sent
-        start = 0
-        for size, scale in zip(self.sizes, self.scales, strict=True):
-            values[start : start + size] *= scale
+        signs = levels.astype(np.float32)
+        signs *= 2
+        signs -= 1
+        blocks, values, start = blocks_of(self.sizes), np.zeros(sum(self.sizes), np.float32), 0
+        for block in np.flatnonzero(self.sent):
+            at, size = blocks.starts[block], blocks.sizes[block]
+            scale = self.scales[blocks.owner[block]]
+            np.multiply(signs[start : start + size], scale, out=values[at : at + size])
             start += size
         return values
 
@@ -120,7 +122,7 @@ def _choose(
     parts: Sequence[NDArray[np.float32]], rate: float
 ) -> tuple[Blocks, NDArray[np.float64], NDArray[np.bool_]]:
     """Return the blocks, the sum of each one's sizes, and which are sent: those of the largest mean."""
-    blocks, flat = Blocks.of([part.size for part in parts]), join(parts)
+    blocks, flat = blocks_of(tuple(part.size for part in parts)), join(parts)
     totals = np.zeros(blocks.starts.size)
     if flat.size:
         totals = np.add.reduceat(np.abs(flat), blocks.starts).astype(np.float64)

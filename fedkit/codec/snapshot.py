@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.arrays import NamedArrays
+from fedkit.arrays import NamedArrays, num_values
 from fedkit.codec.frame import HEADER_SIZE, read_header, seal
 from fedkit.codec.wire import Codec, decode
 from fedkit.errors import WireFormatError
@@ -32,6 +32,8 @@ def encode_snapshot(
         If an entry is NaN or infinite, or the names and shapes take more than a receiver accepts.
     """
     frame = codec.encode(arrays, rng=rng)
+    if num_values(arrays) > MAX_VALUES_PER_BYTE * len(frame):  # almost all zeros
+        frame = LOSSLESS.encode(arrays)
     text = json.dumps([[name, array.shape] for name, array in arrays.items()], separators=(",", ":"))
     header = read_header(frame)
     body, schema = frame[HEADER_SIZE:], zlib.compress(text.encode(), 9)

@@ -34,6 +34,7 @@ from fedkit.codec.sections import (
 from fedkit.codec.sparsify import Sparsifier, gather, scatter
 from fedkit.errors import SchemaMismatchError, WireFormatError
 
+_HEADS: Final = 24  # bytes of a group of `EntropyConstrained`, and of a small table
 _TRIES: Final = 4  # to meet a rate
 _CLOSE: Final = 0.01  # to a rate, relative
 
@@ -183,7 +184,7 @@ class _Draft:
 
     def _encode_to(self, target: float, quantizer: EntropyConstrained) -> bytes:
         """Return the frame whose size is nearest to `target` bytes, of a few tries; for large arrays a sample."""
-        fixed = HEADER_SIZE + len(self._mask)
+        fixed = HEADER_SIZE + len(self._mask) + _HEADS
         room = max(target - fixed, target / 2)  # of a small frame, what is fixed would leave nothing
         sample, total = thinned(self._parts), sum(self._sizes)
         rate, group = _meet(quantizer, sample, room / total * sum(part.size for part in sample))
@@ -200,13 +201,13 @@ class _Draft:
 def _meet(
     quantizer: EntropyConstrained, parts: Sequence[NDArray[np.float32]], room: float
 ) -> tuple[float, Quantized]:
-    """Return the rate, and the group, whose sections come nearest to `room` bytes."""
+    """Return the rate, and the group, whose sections come nearest to `room` bytes, heads not counted."""
     sizes = [part.size for part in parts]
     rate = 8 * room / sum(sizes)
     tries: list[tuple[float, float, Quantized]] = []
     while len(tries) < _TRIES:
         group = quantizer.quantize_to(parts, rate)
-        size = sum(map(len, write_groups([group], sizes)[1]))
+        size = max(1, sum(map(len, write_groups([group], sizes)[1])) - _HEADS)
         tries.append((abs(size - room), rate, group))
         if abs(size - room) <= _CLOSE * room:
             break

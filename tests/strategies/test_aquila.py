@@ -18,6 +18,7 @@ from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import LIKE, client_app, initial, targets
 
 EVERYBODY = {"fraction_evaluate": 0.0, "min_train_nodes": 4, "min_available_nodes": 4}
+DENSE = EVERYBODY | {"downlink": None}
 
 
 def clients(num=4, **options):
@@ -36,15 +37,15 @@ def flat(arrays):
 
 def test_nobody_skips_and_many_bits_is_fedavg():
     apps = [client_app([AquilaMod()], t, num_examples=n) for n, t in zip((1, 5, 9, 20), targets(4), strict=True)]
-    ours, _ = run(Aquila(beta=0.0, quantizer=ZeroMidTread(16, 16), **EVERYBODY), apps)
+    ours, _ = run(Aquila(beta=0.0, quantizer=ZeroMidTread(16, 16), **DENSE), apps)
     theirs, _ = run(FedAvg(**EVERYBODY), apps)
     np.testing.assert_allclose(flat(ours), flat(theirs), atol=1e-4)
 
 
 def test_permuting_clients_changes_nothing():
     apps = clients()
-    one, _ = run(Aquila(**EVERYBODY), apps)
-    other, _ = run(Aquila(**EVERYBODY), apps[::-1])
+    one, _ = run(Aquila(**DENSE), apps)
+    other, _ = run(Aquila(**DENSE), apps[::-1])
     np.testing.assert_allclose(flat(one), flat(other), atol=1e-6)
 
 
@@ -54,7 +55,7 @@ def test_permuting_clients_changes_nothing():
 def test_agrees_with_an_obvious_twin(quantizer, weighted, beta):
     """The paper's loop, written down without Flower, frames or memories on two sides."""
     rounds, rate, num = 12, 0.3, 4
-    ours, grid = run(Aquila(beta=beta, quantizer=quantizer, weighted=weighted, **EVERYBODY), clients(num), rounds)
+    ours, grid = run(Aquila(beta=beta, quantizer=quantizer, weighted=weighted, **DENSE), clients(num), rounds)
     goals = [flat(t) for t in targets(num)]
     cuts = np.cumsum([a.size for a in LIKE.values()])[:-1] if quantizer.per_array else []
     theta, previous = np.zeros(88, np.float32), None
@@ -65,7 +66,10 @@ def test_agrees_with_an_obvious_twin(quantizer, weighted, beta):
             local = theta + np.float32(rate) * (goals[m] - theta)
             v = (local - theta) - q[m]
             coded = np.concatenate(
-                [group.dequantize(levels) for group, levels in (quantizer.quantize([p], None) for p in np.split(v, cuts))]
+                [
+                    group.dequantize(levels)
+                    for group, levels in (quantizer.quantize([p], None) for p in np.split(v, cuts))
+                ]
             )
             size = np.square(coded.astype(np.float64)).sum() + np.square((v - coded).astype(np.float64)).sum()
             if k > 0 and size <= threshold:
@@ -92,14 +96,14 @@ def test_one_array_per_message_both_ways():
             assert [a.stype for a in arrays] == [STYPE]
             return call_next(message, context)
 
-    run(Aquila(**EVERYBODY), [client_app([spy, Peek(), AquilaMod()], t) for t in targets(4)], rounds=1)
+    run(Aquila(**DENSE), [client_app([spy, Peek(), AquilaMod()], t) for t in targets(4)], rounds=1)
     replies = [c for c in seen[1::2] if c.array_records]
     assert len(replies) == 4
     assert all(list(record) == [FRAME] for c in replies for record in c.array_records.values())
 
 
 def test_messages_to_different_nodes_share_no_record():
-    strategy = Aquila(**EVERYBODY)
+    strategy = Aquila(**DENSE)
     messages = strategy.configure_train(1, initial(), ConfigRecord({"lr": 0.1}), InProcessGrid(clients()))
     contents = [m.content for m in messages]
     assert len({id(c) for c in contents}) == len({id(c["config"]) for c in contents}) == 4
@@ -112,7 +116,7 @@ def test_a_client_of_another_rank_is_dropped_and_the_round_goes_on(caplog):
 
     apps = [*clients(3), client_app([AquilaMod()], targets(4)[3], tamper=other_rank)]
     with caplog.at_level(logging.WARNING, logger="fedkit"):
-        params, grid = run(Aquila(**EVERYBODY), apps, rounds=3)
+        params, grid = run(Aquila(**DENSE), apps, rounds=3)
     assert np.isfinite(flat(params)).all()
     assert flat(params).any()
     assert grid.ledger.round_totals(2)["rejected"] == 1
@@ -127,7 +131,7 @@ def test_nan_is_refused_on_the_client(caplog):
 
     apps = [*clients(3), client_app([AquilaMod()], targets(4)[3], tamper=diverge)]
     with caplog.at_level(logging.WARNING, logger="fedkit"):
-        params, grid = run(Aquila(**EVERYBODY), apps, rounds=2)
+        params, grid = run(Aquila(**DENSE), apps, rounds=2)
     assert np.isfinite(flat(params)).all()
     assert "'lora_B' holds NaN" in caplog.text
     assert grid.ledger.round_totals(2)["rejected"] == 1
@@ -206,8 +210,8 @@ def test_a_bad_reply_is_named_counted_and_harmless(change, reason, caplog):
     good = clients(3)
     bad = client_app([hostile(change), AquilaMod()], targets(4)[3])
     with caplog.at_level(logging.WARNING, logger="fedkit"):
-        params, grid = run(Aquila(**EVERYBODY), [*good, bad], rounds=2)
-    alone, _ = run(Aquila(**{**EVERYBODY, "min_train_nodes": 3, "min_available_nodes": 3}), good, rounds=2)
+        params, grid = run(Aquila(**DENSE), [*good, bad], rounds=2)
+    alone, _ = run(Aquila(**{**DENSE, "min_train_nodes": 3, "min_available_nodes": 3}), good, rounds=2)
     np.testing.assert_array_equal(flat(params), flat(alone))
     assert grid.ledger.round_totals(1)["rejected"] == 1
     assert reason in caplog.text
@@ -217,7 +221,7 @@ def test_a_bad_reply_is_named_counted_and_harmless(change, reason, caplog):
 def test_an_app_without_the_mod_fails_loudly_and_alone(caplog):
     apps = [*clients(3), client_app([], targets(4)[3])]
     with caplog.at_level(logging.WARNING, logger="fedkit"):
-        params, _ = run(Aquila(**EVERYBODY), apps, rounds=1)
+        params, _ = run(Aquila(**DENSE), apps, rounds=1)
     assert flat(params).any()
     assert "fedkit/1" in caplog.text
 
@@ -229,7 +233,7 @@ def test_no_replies_keep_the_model():
     def train(message, context):
         raise RuntimeError("out of battery")
 
-    params, grid = run(Aquila(**EVERYBODY), [failing] * 4, rounds=2)
+    params, grid = run(Aquila(**DENSE), [failing] * 4, rounds=2)
     assert params is None or not flat(params).any()
     assert grid.ledger.round_totals(2)["rejected"] == 4
 

@@ -144,7 +144,7 @@ def test_a_client_that_lost_its_state_is_brought_back(caplog):
 
 
 def test_a_coded_downlink_takes_fewer_bytes():
-    dense, one, _ = run(ErrorFeedback(quantizer=OURS, **EVERYBODY), clients(ErrorFeedbackMod()), 10)
+    dense, one, _ = run(ErrorFeedback(quantizer=OURS, downlink=None, **EVERYBODY), clients(ErrorFeedbackMod()), 10)
     coded, other, _ = run(
         ErrorFeedback(quantizer=OURS, downlink=Codec(OURS), **EVERYBODY), clients(ErrorFeedbackMod()), 10
     )

@@ -18,6 +18,7 @@ from tests.helpers.quadratic import LIKE, client_app, initial, optimum, targets
 
 NUM = 6
 EVERYBODY = {"fraction_evaluate": 0.0, "min_train_nodes": NUM, "min_available_nodes": NUM}
+DENSE = EVERYBODY | {"downlink": None}  # what is compared bit by bit
 
 
 def clients(goals=None, examples=(10,) * NUM):
@@ -59,7 +60,7 @@ class Spy(GridWrapper):
     ids=["default", "published"],
 )
 def test_nobody_missing_and_density_one_is_fedavg(make, examples):
-    ours, _ = run(make(density=1.0, **EVERYBODY), clients(examples=examples))
+    ours, _ = run(make(density=1.0, **DENSE), clients(examples=examples))
     theirs, _ = run(FedAvg(**EVERYBODY), clients(examples=examples))
     np.testing.assert_allclose(flat(ours), flat(theirs), atol=1e-5)
 
@@ -69,15 +70,15 @@ def test_permuting_clients_changes_nothing():
     renamed = InProcessGrid(clients()[::-1])
     for i, context in enumerate(renamed.contexts.values()):
         context.node_config["client-id"] = str(NUM - 1 - i)
-    one, _ = run(Safari(density=0.3, **EVERYBODY), clients(), faults=faults)
-    result = Safari(density=0.3, **EVERYBODY).start(RoundGrid(renamed, faults=faults), initial(), num_rounds=10)
+    one, _ = run(Safari(density=0.3, **DENSE), clients(), faults=faults)
+    result = Safari(density=0.3, **DENSE).start(RoundGrid(renamed, faults=faults), initial(), num_rounds=10)
     np.testing.assert_allclose(flat(one), flat(to_arrays(result.arrays)), atol=1e-6)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
 def test_a_frame_keeps_the_density_and_the_mask_moves(density):
     spies = []
-    run(Safari(density=density, **EVERYBODY), clients(), rounds=3, spy=lambda g: spies.append(Spy(g)) or spies[0])
+    run(Safari(density=density, **DENSE), clients(), rounds=3, spy=lambda g: spies.append(Spy(g)) or spies[0])
     first, second = (rounds[1000][1] for rounds in spies[0].rounds[:2])
     if density == 1.0:
         assert first is None
@@ -95,7 +96,7 @@ def test_agrees_with_an_obvious_twin(published):
     make = Safari.published if published else Safari
     spies, faults, rounds = [], Faults(drop=0.4, seed=3), 8
     ours, _ = run(
-        make(density=0.4, **EVERYBODY), clients(), rounds, faults, lambda g: spies.append(Spy(g)) or spies[0]
+        make(density=0.4, **DENSE), clients(), rounds, faults, lambda g: spies.append(Spy(g)) or spies[0]
     )
     theta, scores, seen, warmup = np.zeros(88), {}, set(), 0 if published else 2
     for k, replies in enumerate(spies[0].rounds, start=1):
@@ -129,30 +130,30 @@ def test_agrees_with_an_obvious_twin(published):
 def test_a_surrogate_of_an_identical_client_is_the_missing_update():
     goals = [target for target in targets(3) for _ in range(2)]  # clients 0 and 1 alike, 2 and 3, 4 and 5
     faults = Faults(rates={"1": 1.0}, start_round=4)
-    whole, _ = run(Safari(density=1.0, **EVERYBODY), clients(goals), rounds=6)
-    compensated, result = run(Safari(density=1.0, **EVERYBODY), clients(goals), rounds=6, faults=faults)
-    dropped, _ = run(Safari(density=1.0, compensate=False, **EVERYBODY), clients(goals), rounds=6, faults=faults)
+    whole, _ = run(Safari(density=1.0, **DENSE), clients(goals), rounds=6)
+    compensated, result = run(Safari(density=1.0, **DENSE), clients(goals), rounds=6, faults=faults)
+    dropped, _ = run(Safari(density=1.0, compensate=False, **DENSE), clients(goals), rounds=6, faults=faults)
     np.testing.assert_allclose(flat(compensated), flat(whole), atol=1e-5)
     assert not np.allclose(flat(dropped), flat(whole), atol=1e-2)
     assert [result.train_metrics_clientapp[k]["surrogates"] for k in (3, 4, 6)] == [0, 1, 1]
 
 
 def test_nobody_answering_keeps_the_model():
-    params, result = run(Safari(**EVERYBODY), clients(), rounds=4, faults=Faults(drop=1.0, start_round=3))
-    after_two, _ = run(Safari(**EVERYBODY), clients(), rounds=2)
+    params, result = run(Safari(**DENSE), clients(), rounds=4, faults=Faults(drop=1.0, start_round=3))
+    after_two, _ = run(Safari(**DENSE), clients(), rounds=2)
     assert sorted(result.train_metrics_clientapp) == [1, 2]
     assert params.keys() == after_two.keys()
     assert np.isfinite(flat(params)).all()
 
 
 def test_a_client_never_heard_from_has_no_surrogate():
-    _, result = run(Safari(**EVERYBODY), clients(), rounds=5, faults=Faults(rates={"0": 1.0}))
+    _, result = run(Safari(**DENSE), clients(), rounds=5, faults=Faults(rates={"0": 1.0}))
     assert all(m["surrogates"] == 0 for m in result.train_metrics_clientapp.values())
 
 
 def test_aquilas_quantizer_codes_the_kept_values():
     spies = []
-    strategy = Safari(density=0.5, quantizer=ZeroMidTread(8, 8), **EVERYBODY)
+    strategy = Safari(density=0.5, quantizer=ZeroMidTread(8, 8), **DENSE)
     params, _ = run(strategy, clients(), 30, spy=lambda g: spies.append(Spy(g)) or spies[0])
     assert np.linalg.norm(flat(params) - optimum(NUM)) < 0.7 * np.linalg.norm(optimum(NUM))
     update, mask = spies[0].rounds[0][1000]
@@ -161,7 +162,7 @@ def test_aquilas_quantizer_codes_the_kept_values():
 
 
 def test_similarity_is_quadratic_in_clients_and_nothing_else():
-    strategy = Safari(**EVERYBODY)
+    strategy = Safari(**DENSE)
     run(strategy, clients(), rounds=3)
     assert strategy.state.similarity.sums.shape == (NUM, NUM)
     assert set(strategy.state.weights) == {str(i) for i in range(NUM)}

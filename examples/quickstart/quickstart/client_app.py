@@ -8,7 +8,8 @@ from fedkit.config import parse
 from fedkit.message import from_arrays, to_arrays
 from quickstart import task
 
-app = ClientApp(mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])  # each acts on the messages of its own strategy
+# Each mod acts on the messages of its own strategy.
+app = ClientApp(mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])
 
 
 @app.train()

@@ -3,12 +3,13 @@
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkit.clients import AquilaMod, SafariMod, TacMod
+from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod
 from fedkit.config import parse
 from fedkit.message import from_arrays, to_arrays
 from text_lora import task
 
-app = ClientApp(mods=[AquilaMod(), SafariMod(), TacMod()])  # each acts on the messages of its own strategy
+# Each mod acts on the messages of its own strategy.
+app = ClientApp(mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])
 
 
 @app.train()
