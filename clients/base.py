@@ -18,7 +18,6 @@ from fedkit.errors import FedkitError
 from fedkit.flower import ClientAppCallable, refusal
 from fedkit.memory import GENESIS
 from fedkit.message import (
-    FEDKIT,
     Instructions,
     Report,
     client_id,
@@ -27,8 +26,8 @@ from fedkit.message import (
     read_instructions,
     read_parcel,
     read_scheme,
-    report_record,
     to_arrays,
+    write_report,
 )
 
 
@@ -96,7 +95,7 @@ class UpdateMod(ABC):
                 if message.metadata.message_type == MessageType.TRAIN:
                     coded = self._code_reply(reply.content, given, job)
                 report = Report(job.client_id, coded.base, coded.frame is None, job.version, coded.options)
-                reply.content[FEDKIT] = report_record(report)
+                write_report(reply.content, report)
         except FedkitError as error:
             return refusal(f"{type(error).__name__}: {error}", reply_to=message)
         return reply

@@ -2,18 +2,20 @@
 
 A *train* or *evaluate* message holds one `Array` of stype ``fedkit/1``, whose data is a parcel of one frame or
 more, and fedkit's instructions among the app's own config. A reply holds one frame, or none if the client chose to
-skip or only evaluated, the app's metrics, and a ConfigRecord ``fedkit`` with the report.
+skip or only evaluated, and a ConfigRecord ``fedkit`` with the report. On the way, the app's metrics are in the
+report, too: one record less is one call less, of 0.8 kB besides what it says (`fedkit.ledger`).
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Final, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedkit.arrays import NamedArrays
@@ -30,16 +32,17 @@ SERVER_ROUND: Final = "server-round"
 SCHEME: Final = "fedkit-scheme"
 CODEC: Final = "fedkit-codec"
 ACCEPTED: Final = "fedkit-accepted"
-PARCEL_BASE: Final = "fedkit-parcel-base"
-PARCEL_VERSION: Final = "fedkit-parcel-version"
-PARCEL_DIGEST: Final = "fedkit-parcel-digest"
-PARCEL_SIZES: Final = "fedkit-parcel-sizes"
+PARCEL: Final = "fedkit-parcel"
 OPTION_PREFIX: Final = "fedkit-option-"
 
 CLIENT_ID: Final = "client-id"
 BASE: Final = "base"
-SKIPPED: Final = "skipped"
 VERSION: Final = "version"
+
+_HASH: Final = 16  # bytes of a version, and of the digest of a memory
+_PARCEL: Final = struct.Struct(
+    f"<{_HASH}s{_HASH}s8s"
+)  # base, version, digest; then the sizes of all frames but one
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +90,8 @@ def from_arrays(arrays: NamedArrays) -> ArrayRecord:
 def write_parcel(content: RecordDict, key: str, config: ConfigRecord, parcel: Parcel) -> None:
     """Write a parcel as the one Array of the ArrayRecord `key`, and what it is among the config."""
     content[key] = frame_record(b"".join(parcel.frames))
-    config[PARCEL_BASE], config[PARCEL_VERSION], config[PARCEL_DIGEST] = parcel.base, parcel.version, parcel.digest
-    config[PARCEL_SIZES] = [len(frame) for frame in parcel.frames]
+    sizes = [len(frame) for frame in parcel.frames[:-1]]
+    config[PARCEL] = _PARCEL.pack(parcel.base, parcel.version, parcel.digest) + np.array(sizes, "<u4").tobytes()
 
 
 def read_parcel(content: RecordDict) -> Parcel:
@@ -99,16 +102,15 @@ def read_parcel(content: RecordDict) -> Parcel:
     WireFormatError
         If there is none, or its sizes do not add up.
     """
-    data, config = read_frame(content), _config_of(content) or ConfigRecord()
-    names = [config.get(key) for key in (PARCEL_BASE, PARCEL_VERSION, PARCEL_DIGEST)]
-    sizes = config.get(PARCEL_SIZES)
-    if not all(isinstance(name, bytes) for name in names) or not isinstance(sizes, list):
+    data, packed = read_frame(content), (_config_of(content) or ConfigRecord()).get(PARCEL)
+    if not isinstance(packed, bytes) or len(packed) < _PARCEL.size or (len(packed) - _PARCEL.size) % 4:
         raise WireFormatError("the message does not say what its frames are.")
-    ends = list(accumulate(int(size) for size in sizes))
-    if min(sizes, default=1) < 1 or sum(sizes) != len(data):
-        raise WireFormatError(f"the frames take {len(data)} bytes: expected {sum(map(int, sizes))}.")
-    frames = tuple(data[end - size : end] for end, size in zip(ends, sizes, strict=True))
-    return Parcel(*cast(list[bytes], names), frames)
+    base, version, digest = _PARCEL.unpack_from(packed)
+    sizes = np.frombuffer(packed, "<u4", offset=_PARCEL.size).tolist()
+    if sizes and not 0 < min(sizes) <= sum(sizes) < len(data):
+        raise WireFormatError(f"the frames take {len(data)} bytes: expected more than {sum(sizes)}.")
+    ends = [0, *accumulate(sizes), len(data)] if data else [0]
+    return Parcel(base, version, digest, tuple(data[start:end] for start, end in pairwise(ends)))
 
 
 def frame_record(frame: bytes) -> ArrayRecord:
@@ -163,17 +165,20 @@ def read_instructions(message: Message) -> Instructions:
     return Instructions(str(config[SCHEME]), server_round, codec, accepted, _read_options(config))
 
 
-def report_record(report: Report) -> ConfigRecord:
-    """Return a report as the ConfigRecord ``fedkit`` of a reply."""
-    record = ConfigRecord(
-        {CLIENT_ID: report.client_id, BASE: report.base, SKIPPED: report.skipped, VERSION: report.version}
-    )
+def write_report(content: RecordDict, report: Report) -> None:
+    """Write a report into a reply, and the app's metrics into the report."""
+    record = ConfigRecord({CLIENT_ID: report.client_id, BASE: report.base, VERSION: report.version})
     _write_options(record, report.options)
-    return record
+    for name, metrics in list(content.metric_records.items()):
+        if metrics and "/" not in name:
+            for key, value in metrics.items():
+                record[f"{name}/{key}"] = cast(Scalar, value)
+            del content[name]
+    content[FEDKIT] = record
 
 
 def read_report(content: RecordDict) -> Report:
-    """Return the report of a reply; inverse of `report_record`.
+    """Return the report of a reply; inverse of `write_report`, but for the app's metrics: see `restore_metrics`.
 
     Raises
     ------
@@ -183,12 +188,24 @@ def read_report(content: RecordDict) -> Report:
     record = content.config_records.get(FEDKIT)
     if record is None:
         raise ReplyError("the reply holds no report. Is fedkit's mod among the ClientApp's mods?")
-    client_id, skipped = record.get(CLIENT_ID), record.get(SKIPPED)
-    base, version = record.get(BASE), record.get(VERSION)
-    hashes = isinstance(base, bytes) and isinstance(version, bytes)
-    if not (isinstance(client_id, str) and isinstance(skipped, bool) and hashes):
+    client_id, base, version = (record.get(key) for key in (CLIENT_ID, BASE, VERSION))
+    if not (isinstance(client_id, str) and isinstance(base, bytes) and isinstance(version, bytes)):
         raise ReplyError(f"the report is incomplete: it holds {sorted(record)}.")
-    return Report(client_id, cast(bytes, base), skipped, cast(bytes, version), _read_options(record))
+    return Report(client_id, base, not content.array_records, version, _read_options(record))
+
+
+def restore_metrics(content: RecordDict) -> None:
+    """Put the app's metrics back where the app had them, in place; ReplyError if they are none."""
+    record = content.config_records.get(FEDKIT, ConfigRecord())
+    for path in [path for path in record if "/" in path]:
+        name, _, key = path.partition("/")
+        metrics = content.setdefault(name, MetricRecord())
+        if not isinstance(metrics, MetricRecord):
+            raise ReplyError(f"its metrics {name!r} are another record.")
+        try:
+            metrics[key] = cast(float, record.pop(path))
+        except TypeError:
+            raise ReplyError(f"its metric {path!r} is not a number.") from None
 
 
 def client_id(context: Context) -> str:
