@@ -3,13 +3,13 @@
 One strategy on the server, one mod on the client::
 
      SERVER  strategies/              FLOWER              CLIENT  clients/
-     distribute ── frame, config ──▶ Message ──▶ mod: settle memory, rebuild the arrays
+     distribute ── frames, config ──▶ Message ─▶ mod: rebuild the arrays, settle memory
                                                   train (RM-LoRA: torch, peft)
                                                   update = local − received
-                                                  mask → quantize → pack → frame   fedkit/codec/
+                                                  mask → quantize → entropy-code → frame   fedkit/codec/
      decode  ◀─── one Array "fedkit/1" ◀─ Message ◀─┘  stage memory, reply (or skip)
-       compensate | cluster | lazy sum                                fedkit/aggregation/
-     mean → apply ──▶ next round's arrays
+       mean | compensate | cluster | lazy sum                         fedkit/aggregation/
+     step ──▶ code the change ──▶ next round's arrays, as the clients rebuild them   fedkit/broadcast.py
 
 Principles, in order of weight
 
@@ -22,8 +22,8 @@ Principles, in order of weight
 5. Bytes are real: every size reported is that of what was sent.
 6. Quantizing, masking, compensating and clustering are independent choices.
 
-Imports go one way: examples → cli, launch → strategies, clients → rounds, memory, ledger, message → flower,
-config → codec, aggregation, faults → arrays, errors.
+Imports go one way: examples → cli, launch → strategies, clients → rounds, broadcast, memory, ledger, message →
+flower, sockets, config → codec, aggregation, faults → arrays, errors.
 """
 
 __version__ = "0.1.0"

@@ -63,7 +63,7 @@ def test_without_a_limit_that_matters_nothing_changes():
     ("make", "mod"),
     [
         (lambda **o: ErrorFeedback(**OURS, **o), ErrorFeedbackMod()),
-        (lambda **o: Aquila(beta=0.0, **o), AquilaMod()),
+        (lambda **o: Aquila(beta=0.0, downlink=None, **o), AquilaMod()),
     ],
     ids=["lowest rate", "fixed bits"],
 )
