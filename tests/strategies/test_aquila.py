@@ -191,7 +191,7 @@ def _impersonate(content):
 
 
 def _no_weight(content):
-    content["metrics"]["num-examples"] = 0
+    content["fedkit"]["metrics/num-examples"] = 0
 
 
 @pytest.mark.parametrize(
