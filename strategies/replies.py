@@ -7,10 +7,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
 from fedkit.aggregation.protocol import Cohort, Upload
-from fedkit.arrays import NamedArrays, flatten
+from fedkit.arrays import NamedArrays
 from fedkit.codec.wire import Frame, open_frame
 from fedkit.errors import FedkitError, ReplyError
 from fedkit.ledger import Ledger
@@ -133,8 +135,9 @@ class Inbox:
                 if not report.skipped:
                     data = read_frame(reply.content)
                     frame = open_frame(data, like=expected(self.cohort.sent[node_id], report))
-                    arrays = frame.arrays()
-                    check_norm(arrays)
+                    values = frame.values()
+                    check_norm(values)
+                    arrays = frame.arrays(values)
             except FedkitError as error:
                 self._refuse(node_id, error)
                 continue
@@ -187,10 +190,11 @@ def weight_of(reply: Message, key: str) -> float:
     return weight
 
 
-def check_norm(arrays: NamedArrays) -> None:
+def check_norm(values: NDArray[np.float32]) -> None:
     """Raise ReplyError for an upload so long that the new parameters might not be finite."""
-    flat = flatten(arrays)
-    if not flat @ flat < MAX_NORM**2:
+    with np.errstate(over="ignore"):
+        energy = float(values @ values)
+    if not energy < MAX_NORM**2:
         raise ReplyError(f"its upload is longer than {MAX_NORM:.0e}. Did training diverge?")
 
 

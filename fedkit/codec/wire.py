@@ -142,11 +142,11 @@ class Frame:
     like: NamedArrays
     mask: dict[str, NDArray[np.bool_]] | None  # which entries are carried; None: all
     sizes: Sequence[int]  # values carried of each array
-    values: NDArray[np.float32] | None  # as they travelled, or
+    raw: NDArray[np.float32] | None  # values as they travelled, or
     groups: Sequence[Quantized]  # as levels
 
-    def arrays(self) -> dict[str, NDArray[np.float32]]:
-        """Return the arrays; entries that were masked out are zero.
+    def values(self) -> NDArray[np.float32]:
+        """Return the values that are carried, one array after the other.
 
         Raises
         ------
@@ -154,16 +154,21 @@ class Frame:
             If a level is none of its grid, or a value is not finite.
         """
         flat = join([quantized.group.dequantize(quantized.levels) for quantized in self.groups])
-        flat = flat if self.values is None else self.values
+        flat = flat if self.raw is None else self.raw
         if not np.isfinite(flat).all():
             raise WireFormatError("the frame holds NaN or infinite values.")
+        return flat
+
+    def arrays(self, values: NDArray[np.float32] | None = None) -> dict[str, NDArray[np.float32]]:
+        """Return the arrays, of what `values` returned or will; entries that were masked out are zero."""
+        flat = self.values() if values is None else values
         return scatter(split(flat, self.sizes), self.mask, like=self.like)
 
     def ideal_bits(self) -> float:
         """Return the order-0 entropy of levels and mask, in bits; a float32 takes 32."""
         bits = 0.0 if self.mask is None else mask_bits(self.mask)
         levels = sum(order0_bits(quantized.levels) for quantized in self.groups)
-        return bits + levels + (0 if self.values is None else 32 * self.values.size)
+        return bits + levels + (0 if self.raw is None else 32 * self.raw.size)
 
 
 class _Draft:
