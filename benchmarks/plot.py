@@ -33,7 +33,7 @@ def plot(figures: Mapping[str, tuple[Sequence[Row], Row]], path: Path) -> None:
         panel.set_title(f"Innovations of {app}", loc="left", fontweight="bold")
     panels[0][0].set_ylabel("error, ‖x − x̂‖² / ‖x‖²")
     figure.tight_layout()
-    figure.savefig(path, dpi=160, facecolor="white")
+    figure.savefig(path, dpi=110, facecolor="white")
     pyplot.close(figure)
 
 

@@ -34,7 +34,7 @@ class ErrorFeedback(UpdateStrategy[None]):
     weighted : bool
         Whether clients count by their number of examples.
     **options
-        As in `UpdateStrategy`.
+        As in `UpdateStrategy`, but the downlink has 1 bit per parameter if unset.
     """
 
     scheme: ClassVar[str] = "error-feedback"
@@ -48,4 +48,5 @@ class ErrorFeedback(UpdateStrategy[None]):
         **options: Any,
     ) -> None:
         codec = Codec(quantizer or EntropyConstrained(0.5), sparsifier)
+        options.setdefault("downlink", Codec(EntropyConstrained(1.0)))
         super().__init__(Mean(weighted=weighted), codec, **options)

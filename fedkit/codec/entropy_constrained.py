@@ -29,7 +29,7 @@ from typing import ClassVar, Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.codec.protocol import CHUNK, MAX_FLOAT32, Group, Quantized, Take, join, look_up, tame
+from fedkit.codec.protocol import CHUNK, MAX_FLOAT32, Group, Quantized, Take, join, look_up, tame, thinned
 from fedkit.codec.signs import SignsGroup, send_signs, signs_error
 from fedkit.errors import ConfigError, WireFormatError
 
@@ -38,10 +38,9 @@ MAX_RATE: Final = 8.0
 SIGNS_BELOW: Final = 1.1  # bits per value; all signs, blocks and scales take a little more than 1
 MAX_HALF: Final = 2**15 - 1
 _RATIOS: Final = (0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.3, 1.8, 2.5)  # threshold / step
-_LARGE: Final = 2**19  # values; of more, a part is looked at to decide how to code all
-_RUN: Final = 2**12  # values looked at together
 _SAMPLE: Final = 2**15  # values looked at to choose thresholds
 _AS_GOOD: Final = 1.03  # times the error, at which signs are preferred: they are much faster to decode
+_ONE_TABLE: Final = 127  # levels of one sign whose table needs no low bits apart
 _EXACT: Final = 255  # levels whose squares float32 sums well enough
 
 
@@ -136,15 +135,6 @@ class EntropyConstrained:
         return Quantized(group.times_two_to(power) if power else group, levels)
 
 
-def thinned(parts: Sequence[NDArray[np.float32]]) -> Sequence[NDArray[np.float32]]:
-    """Return parts of at most about 2**19 values in all that stand for `parts`: every so many chunks of each."""
-    step = sum(part.size for part in parts) // _LARGE
-    if step < 2:
-        return parts
-    picked = [[part[start : start + _RUN] for start in range(0, part.size, step * _RUN)] for part in parts]
-    return [np.concatenate([part[:0], *runs]) for part, runs in zip(parts, picked, strict=True)]
-
-
 def best_design(values: NDArray[np.float32], rate: float) -> Design:
     """Return the thresholds of least error that take about `rate` bits per value, found on a sample."""
     if values.size > _SAMPLE:
@@ -225,6 +215,8 @@ def _threshold(values: NDArray[np.float32], design: Design) -> tuple[DesignedGro
     inverse = np.float32(1 / design.step)
     offset = np.float32(1 - design.threshold / design.step)
     half = min(MAX_HALF, int(np.float32(peak) * inverse + offset) + 1)
+    if half > _ONE_TABLE and _beyond(values, design.threshold + _ONE_TABLE * design.step) < design.error / 2:
+        half = _ONE_TABLE  # else a few outliers would cost all levels their tables
     levels, sums = np.empty(values.size, np.uint16), np.zeros(5)
     for start in range(0, values.size, CHUNK):
         part = values[start : start + CHUNK]
@@ -238,3 +230,13 @@ def _threshold(values: NDArray[np.float32], design: Design) -> tuple[DesignedGro
     n, k_, kk, y, ky = sums
     first, step = _line(n, k_ - n, kk - 2 * k_ + n, y, ky - y, 1e-9 if half > _EXACT else 1e-6)
     return DesignedGroup(half, float(np.float32(first)), float(np.float32(step)), values.size), levels
+
+
+def _beyond(values: NDArray[np.float32], limit: float) -> float:
+    """Return the share of the energy that is lost if values are clipped at `limit`."""
+    lost = energy = 0.0
+    for start in range(0, values.size, CHUNK):
+        size = np.abs(values[start : start + CHUNK])
+        over = np.maximum(size - np.float32(limit), 0)
+        lost, energy = lost + float(over @ over), energy + float(size @ size)
+    return lost / energy

@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 from fedkit.errors import ConfigError, WireFormatError
 
 MAX_BITS: Final = 16
+_LARGE: Final = 2**19  # values; of more, a part is looked at to decide how to code all
+_RUN: Final = 2**12  # values looked at together
 CHUNK: Final = 2**15  # values that fit a core's cache; what is computed in float64 is as many at a time
 MAX_FLOAT32: Final = float(np.finfo(np.float32).max)
 
@@ -97,6 +99,15 @@ def tame(parts: Sequence[NDArray[np.float32]]) -> tuple[Sequence[NDArray[np.floa
         return parts, 0
     power = math.frexp(peak)[1]
     return [np.ldexp(part, -power) for part in parts], power
+
+
+def thinned(parts: Sequence[NDArray[np.float32]]) -> Sequence[NDArray[np.float32]]:
+    """Return parts of at most about 2**19 values in all that stand for `parts`: every so many chunks of each."""
+    step = sum(part.size for part in parts) // _LARGE
+    if step < 2:
+        return parts
+    picked = [[part[start : start + _RUN] for start in range(0, part.size, step * _RUN)] for part in parts]
+    return [np.concatenate([part[:0], *runs]) for part, runs in zip(parts, picked, strict=True)]
 
 
 def look_up(

@@ -82,14 +82,14 @@ class SignsGroup:
         """Return plus or minus the array's scale; entries of blocks that were not sent are zero."""
         if levels.size and int(levels.max()) > 1:
             raise WireFormatError("signs: a level is neither 0 nor 1.")
-        signs = levels.astype(np.float32)
-        signs *= 2
-        signs -= 1
         blocks, values, start = blocks_of(self.sizes), np.zeros(sum(self.sizes), np.float32), 0
         for block in np.flatnonzero(self.sent):
             at, size = blocks.starts[block], blocks.sizes[block]
-            scale = self.scales[blocks.owner[block]]
-            np.multiply(signs[start : start + size], scale, out=values[at : at + size])
+            part = values[at : at + size]
+            part[:] = levels[start : start + size]
+            part *= 2
+            part -= 1
+            part *= self.scales[blocks.owner[block]]
             start += size
         return values
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.arrays import Mask, NamedArrays, check_finite, num_values, schema_digest
 from fedkit.codec.entropy import order0_bits
-from fedkit.codec.entropy_constrained import EntropyConstrained, thinned
+from fedkit.codec.entropy_constrained import EntropyConstrained
 from fedkit.codec.frame import HEADER_SIZE, read_header, seal
-from fedkit.codec.protocol import Quantized, Quantizer, join
+from fedkit.codec.protocol import Quantized, Quantizer, join, thinned
 from fedkit.codec.sections import (
     FLOAT32,
     MASKED,
@@ -192,30 +192,43 @@ class _Draft:
         fixed = HEADER_SIZE + len(self._mask) + _HEADS
         room = max(target - fixed, target / 2)  # of a small frame, what is fixed would leave nothing
         sample, total = thinned(self._parts), sum(self._sizes)
-        rate, group = _meet(quantizer, sample, room / total * sum(part.size for part in sample))
+        share = room / total * sum(part.size for part in sample)
+        best = _meet(quantizer, sample, share, 8 * room / total, _CLOSE)
         if sample is not self._parts:
-            group = quantizer.quantize_to(self._parts, rate)
-        return self._frame([group], 0)
+            best = _meet(quantizer, self._parts, room, best.rate, 3 * _CLOSE)
+        return self._seal(best.group.group.grid, *best.written)
 
     def _frame(self, groups: list[Quantized], flags: int) -> bytes:
         coded, sections = write_groups(groups, self._sizes)
-        grid = groups[0].group.grid if groups else FLOAT32
-        return seal(grid, self._flags | flags | coded, self._update, sum(self._sizes), [self._mask, *sections])
+        return self._seal(groups[0].group.grid if groups else FLOAT32, flags | coded, sections)
+
+    def _seal(self, grid: int, flags: int, sections: Sequence[bytes]) -> bytes:
+        return seal(grid, self._flags | flags, self._update, sum(self._sizes), [self._mask, *sections])
+
+
+class _Try(NamedTuple):
+    """An attempt to meet a size."""
+
+    miss: float  # bytes
+    rate: float
+    group: Quantized
+    written: tuple[int, list[bytes]]  # flags and sections
 
 
 def _meet(
-    quantizer: EntropyConstrained, parts: Sequence[NDArray[np.float32]], room: float
-) -> tuple[float, Quantized]:
-    """Return the rate, and the group, whose sections come nearest to `room` bytes, heads not counted."""
+    quantizer: EntropyConstrained, parts: Sequence[NDArray[np.float32]], room: float, rate: float, close: float
+) -> _Try:
+    """Return a try that takes `room` bytes besides heads, to the share `close`; `rate` is tried first."""
     sizes = [part.size for part in parts]
-    rate = 8 * room / sum(sizes)
-    tries: list[tuple[float, float, Quantized]] = []
-    while len(tries) < _TRIES:
+    best: _Try | None = None
+    for _ in range(_TRIES):
         group = quantizer.quantize_to(parts, rate)
-        size = max(1, sum(map(len, write_groups([group], sizes)[1])) - _HEADS)
-        tries.append((abs(size - room), rate, group))
-        if abs(size - room) <= _CLOSE * room:
+        written = write_groups([group], sizes)
+        size = max(1, sum(map(len, written[1])) - _HEADS)
+        if best is None or abs(size - room) < best.miss:
+            best = _Try(abs(size - room), rate, group, written)
+        if best.miss <= close * room:
             break
         rate *= room / size
-    _, rate, group = min(tries, key=lambda found: found[0])
-    return rate, group
+    assert best is not None
+    return best
