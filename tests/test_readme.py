@@ -43,3 +43,8 @@ def test_the_scheme_of_the_readme_learns_and_sends_a_tenth():
     params = np.concatenate([a.ravel() for a in to_arrays(result.arrays).values()])
     assert np.linalg.norm(params - optimum(4)) < 0.7 * np.linalg.norm(optimum(4))
     assert max(sizes) <= 0.1 * 88 + 4
+
+
+def test_the_codecs_of_the_readme_can_be_made():
+    (code,) = [block for block in blocks("python") if "Budget(" in block]
+    exec(compile(code, "README.md", "exec"), {})

@@ -26,7 +26,7 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.codec.protocol import CHUNK, MAX_FLOAT32, Group, Quantized, Take, check_bits, join
+from fedkit.codec.protocol import CHUNK, MAX_FLOAT32, Quantized, Take, check_bits, join
 from fedkit.codec.quantize import MidRiseGroup, MidTreadGroup
 from fedkit.errors import ConfigError, WireFormatError
 
@@ -39,7 +39,6 @@ class Qsgd:
     """
 
     bits: int = 4
-    group: ClassVar[type[Group]] = MidTreadGroup
     per_array: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -67,7 +66,6 @@ class Sign:
     Law: ``‖v − Q(v)‖² = ‖v‖² − ‖v‖₁² / d``, less than ``‖v‖²`` unless v is zero.
     """
 
-    group: ClassVar[type[Group]] = MidRiseGroup
     per_array: ClassVar[bool] = True
 
     def quantize(self, parts: Sequence[NDArray[np.float32]], rng: np.random.Generator) -> Quantized:
@@ -133,7 +131,6 @@ class Blocks:
 
     bits: int = 4
     block: int = 64
-    group: ClassVar[type[Group]] = BlocksGroup
     per_array: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ from typing import ClassVar, Final, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.codec.protocol import CHUNK, MAX_FLOAT32, Group, Quantized, Take, join, look_up, tame, thinned
+from fedkit.codec.protocol import CHUNK, MAX_FLOAT32, Quantized, Take, join, look_up, tame, thinned
 from fedkit.codec.signs import SignsGroup, send_signs, signs_error
 from fedkit.errors import ConfigError, WireFormatError
 
@@ -111,7 +111,6 @@ class EntropyConstrained:
     """
 
     rate: float = 1.0
-    group: ClassVar[type[Group]] = DesignedGroup
     per_array: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -73,10 +73,6 @@ class Quantizer(Protocol):
     """Values to levels."""
 
     @property
-    def group(self) -> type[Group]:
-        """What its groups are."""
-
-    @property
     def per_array(self) -> bool:
         """Whether each array is its own group; else all are one."""
 

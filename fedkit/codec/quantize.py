@@ -34,7 +34,7 @@ from typing import ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.codec.protocol import MAX_BITS, Group, Quantized, Take, check_bits, join, look_up
+from fedkit.codec.protocol import MAX_BITS, Quantized, Take, check_bits, join, look_up
 from fedkit.errors import ConfigError, WireFormatError
 
 _SAMPLE = 4096  # values looked at to choose a scale
@@ -107,7 +107,6 @@ class AquilaMidTread:
     """
 
     max_bits: int = MAX_BITS
-    group: ClassVar[type[Group]] = MidRiseGroup
     per_array: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -137,7 +136,6 @@ class ZeroMidTread:
 
     min_bits: int = 2
     max_bits: int = 8
-    group: ClassVar[type[Group]] = MidTreadGroup
     per_array: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

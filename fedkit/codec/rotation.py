@@ -27,7 +27,7 @@ from typing import ClassVar, Final, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.codec.protocol import MAX_FLOAT32, Group, Quantized, Take, join, look_up, tame
+from fedkit.codec.protocol import MAX_FLOAT32, Quantized, Take, join, look_up, tame
 from fedkit.errors import ConfigError, WireFormatError
 
 BLOCK: Final = 4096  # entries rotated together
@@ -96,7 +96,6 @@ class Eden:
 
     bits: int = 1
     unbiased: bool = False
-    group: ClassVar[type[Group]] = RotatedGroup
     per_array: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

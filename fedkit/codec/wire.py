@@ -105,14 +105,6 @@ def decode(data: bytes, *, like: NamedArrays, last_mask: Mask | None = None) -> 
     return open_frame(data, like=like, last_mask=last_mask).arrays()
 
 
-def decode_masked(
-    data: bytes, *, like: NamedArrays, last_mask: Mask | None = None
-) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.bool_]] | None]:
-    """Return the arrays of a frame and its mask, None if the frame is dense; raises as `decode`."""
-    frame = open_frame(data, like=like, last_mask=last_mask)
-    return frame.arrays(), frame.mask
-
-
 def open_frame(data: bytes, *, like: NamedArrays, last_mask: Mask | None = None) -> Frame:
     """Return a frame, checked and its levels decoded; arguments and errors as of `decode`."""
     header = read_header(data)
@@ -188,7 +180,7 @@ class _Draft:
         return self._frame([quantizer.quantize(self._parts, rng)], 0)
 
     def _encode_to(self, target: float, quantizer: EntropyConstrained) -> bytes:
-        """Return the frame whose size is nearest to `target` bytes, of a few tries; for large arrays a sample."""
+        """Return the frame of about `target` bytes; the rate of large arrays is sought on a sample first."""
         fixed = HEADER_SIZE + len(self._mask) + _HEADS
         room = max(target - fixed, target / 2)  # of a small frame, what is fixed would leave nothing
         sample, total = thinned(self._parts), sum(self._sizes)

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from fedkit.arrays import num_values
 from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.codec.snapshot import decode_snapshot, encode_snapshot
-from fedkit.codec.wire import Codec, decode, decode_masked, read_header
+from fedkit.codec.wire import Codec, decode, open_frame, read_header
 from fedkit.errors import CodecError, SchemaMismatchError, UnsupportedVersionError, WireFormatError
 from tests.helpers import ans
 
@@ -67,7 +67,8 @@ def test_float32_frames_and_snapshots_are_lossless(update):
 
 @every_codec
 def test_masked_out_entries_are_zero_and_the_mask_comes_back(codec):
-    decoded, mask = decode_masked(codec.encode(UPDATE, mask=MASK), like=UPDATE)
+    frame = open_frame(codec.encode(UPDATE, mask=MASK), like=UPDATE)
+    decoded, mask = frame.arrays(), frame.mask
     assert mask is not None
     for name in UPDATE:
         assert np.array_equal(mask[name], MASK[name])
@@ -171,7 +172,8 @@ def test_the_example_of_the_specification_is_true():
     frame = bytes.fromhex(text.split("```hex\n")[1].split("```")[0])
     update = {"a": np.array([1, 9, -1], np.float32), "b": np.array([[0.5]], np.float32)}
     mask = {"a": np.array([True, False, True]), "b": np.array([[True]])}
-    decoded, kept = decode_masked(frame, like=update)
+    opened = open_frame(frame, like=update)
+    decoded, kept = opened.arrays(), opened.mask
     assert decoded["a"].tolist() == [1.0, 0.0, -1.0]
     assert decoded["b"].tolist() == [[0.5]]
     assert kept is not None

@@ -6,7 +6,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedkit.clients import SafariMod
 from fedkit.codec.quantize import ZeroMidTread
-from fedkit.codec.wire import decode_masked
+from fedkit.codec.wire import open_frame
 from fedkit.errors import ConfigError
 from fedkit.faults import Faults
 from fedkit.flower import GridWrapper
@@ -48,9 +48,8 @@ class Spy(GridWrapper):
     def send_and_receive(self, messages, *, timeout=None):
         replies = list(self.inner.send_and_receive(messages, timeout=timeout))
         if replies:
-            self.rounds.append(
-                {r.metadata.src_node_id: decode_masked(read_frame(r.content), like=LIKE) for r in replies}
-            )
+            frames = {r.metadata.src_node_id: open_frame(read_frame(r.content), like=LIKE) for r in replies}
+            self.rounds.append({node_id: (frame.arrays(), frame.mask) for node_id, frame in frames.items()})
         return replies
 
 
