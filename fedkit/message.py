@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Final, cast
+from typing import Final, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -23,6 +23,8 @@ from fedkit.codec.names import from_text, to_text
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError, ReplyError, WireFormatError
+
+R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
 STYPE: Final = "fedkit/1"
 FRAME: Final = "frame"  # the name of the one Array of a message
@@ -126,7 +128,7 @@ def read_frame(content: RecordDict) -> bytes:
     WireFormatError
         If there is not exactly one ArrayRecord, with exactly one Array, of stype ``fedkit/1``.
     """
-    arrays = [array for record in content.array_records.values() for array in record.values()]
+    arrays = [array for record in records_of(content, ArrayRecord) for array in record.values()]
     if len(arrays) != 1 or arrays[0].stype != STYPE:
         raise WireFormatError(f"expected one Array of stype {STYPE!r}, got {[a.stype for a in arrays][:3]}.")
     return arrays[0].data
@@ -185,18 +187,20 @@ def read_report(content: RecordDict) -> Report:
     ReplyError
         If there is none, or it is incomplete.
     """
-    record = content.config_records.get(FEDKIT)
-    if record is None:
+    record = content.get(FEDKIT)
+    if not isinstance(record, ConfigRecord):
         raise ReplyError("the reply holds no report. Is fedkit's mod among the ClientApp's mods?")
     client_id, base, version = (record.get(key) for key in (CLIENT_ID, BASE, VERSION))
     if not (isinstance(client_id, str) and isinstance(base, bytes) and isinstance(version, bytes)):
         raise ReplyError(f"the report is incomplete: it holds {sorted(record)}.")
-    return Report(client_id, base, not content.array_records, version, _read_options(record))
+    return Report(client_id, base, not records_of(content, ArrayRecord), version, _read_options(record))
 
 
 def restore_metrics(content: RecordDict) -> None:
     """Put the app's metrics back where the app had them, in place; ReplyError if they are none."""
-    record = content.config_records.get(FEDKIT, ConfigRecord())
+    record = content.get(FEDKIT)
+    if not isinstance(record, ConfigRecord):
+        return
     for path in [path for path in record if "/" in path]:
         name, _, key = path.partition("/")
         metrics = content.setdefault(name, MetricRecord())
@@ -206,6 +210,11 @@ def restore_metrics(content: RecordDict) -> None:
             metrics[key] = cast(float, record.pop(path))
         except TypeError:
             raise ReplyError(f"its metric {path!r} is not a number.") from None
+
+
+def records_of(content: RecordDict, kind: type[R]) -> list[R]:
+    """Return the records of one kind; RecordDict's own properties make a new dict each time, at 10 µs."""
+    return [record for record in content.values() if isinstance(record, kind)]
 
 
 def client_id(context: Context) -> str:
@@ -230,4 +239,4 @@ def _read_options(config: ConfigRecord) -> dict[str, Scalar]:
 
 
 def _config_of(content: RecordDict) -> ConfigRecord | None:
-    return next((record for record in content.config_records.values() if SCHEME in record), None)
+    return next((record for record in records_of(content, ConfigRecord) if SCHEME in record), None)

@@ -17,7 +17,7 @@ from fedkit.codec.wire import Frame, open_frame
 from fedkit.errors import FedkitError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.memory import GENESIS, chain
-from fedkit.message import Report, read_frame, read_report, restore_metrics
+from fedkit.message import Report, read_frame, read_report, records_of, restore_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def content_of(reply: Message) -> RecordDict:
 
 def metrics_of(content: RecordDict) -> dict[str, float]:
     """Return the scalar metrics of a reply; lists are the business of a metrics function of the user's."""
-    metrics = [item for record in content.metric_records.values() for item in record.items()]
+    metrics = [item for record in records_of(content, MetricRecord) for item in record.items()]
     return {key: float(value) for key, value in metrics if isinstance(value, int | float)}
 
 

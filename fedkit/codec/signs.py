@@ -82,20 +82,27 @@ class SignsGroup:
         """Return plus or minus the array's scale; entries of blocks that were not sent are zero."""
         if levels.size and int(levels.max()) > 1:
             raise WireFormatError("signs: a level is neither 0 nor 1.")
-        blocks, values, start = blocks_of(self.sizes), np.zeros(sum(self.sizes), np.float32), 0
-        for block in np.flatnonzero(self.sent):
-            at, size = blocks.starts[block], blocks.sizes[block]
-            part = values[at : at + size]
-            part[:] = levels[start : start + size]
-            part *= 2
-            part -= 1
-            part *= self.scales[blocks.owner[block]]
-            start += size
-        return values
+        blocks = blocks_of(self.sizes)
+        sizes = blocks.sizes[self.sent]
+        values = levels.astype(np.float32)
+        values *= 2
+        values -= 1
+        values *= np.repeat(self.scales[blocks.owner[self.sent]], sizes)
+        return values if self.sent.all() else _spread(values, self.sent, blocks)
 
     def times_two_to(self, power: int) -> Self:
         """Return the group of the same values times ``2**power``."""
         return replace(self, scales=np.ldexp(self.scales, power))
+
+
+def _spread(values: NDArray[np.float32], sent: NDArray[np.bool_], blocks: Blocks) -> NDArray[np.float32]:
+    """Return the values at the places of the blocks that are sent, run by run of such blocks, and zeros between."""
+    spread, taken = np.zeros(int(blocks.sizes.sum()), np.float32), 0
+    edges = np.append(blocks.starts, spread.size)[np.flatnonzero(np.diff(sent, prepend=False, append=False))]
+    for start, end in edges.reshape(-1, 2).tolist():
+        spread[start:end] = values[taken : taken + end - start]
+        taken += end - start
+    return spread
 
 
 def signs_error(parts: Sequence[NDArray[np.float32]], rate: float) -> float:
