@@ -20,6 +20,7 @@ from fedkit.errors import WireFormatError
 
 MIN_BLOCK: Final = 64  # entries
 MAX_BLOCK: Final = 1024
+_SOME: Final = 2**9  # blocks looked at together
 NUM_BLOCKS: Final = 128  # about as many, if their entries are between the two
 
 
@@ -82,27 +83,24 @@ class SignsGroup:
         """Return plus or minus the array's scale; entries of blocks that were not sent are zero."""
         if levels.size and int(levels.max()) > 1:
             raise WireFormatError("signs: a level is neither 0 nor 1.")
-        blocks = blocks_of(self.sizes)
-        sizes = blocks.sizes[self.sent]
-        values = levels.astype(np.float32)
+        starts = blocks_of(self.sizes).starts
+        values, taken = np.empty(sum(self.sizes), np.float32), 0
+        turns = np.flatnonzero(np.diff(self.sent, prepend=False, append=False))  # from not sent to sent and back
+        edges = np.append(starts, values.size)[turns]
+        for start, end in edges.reshape(-1, 2).tolist():
+            values[start:end] = levels[taken : taken + end - start]
+            taken += end - start
         values *= 2
         values -= 1
-        values *= np.repeat(self.scales[blocks.owner[self.sent]], sizes)
-        return values if self.sent.all() else _spread(values, self.sent, blocks)
+        for part, scale in zip(np.split(values, np.cumsum(self.sizes)), self.scales, strict=False):
+            part *= scale
+        for start, end in np.concatenate([[0], edges, [values.size]]).reshape(-1, 2).tolist():
+            values[start:end] = 0
+        return values
 
     def times_two_to(self, power: int) -> Self:
         """Return the group of the same values times ``2**power``."""
         return replace(self, scales=np.ldexp(self.scales, power))
-
-
-def _spread(values: NDArray[np.float32], sent: NDArray[np.bool_], blocks: Blocks) -> NDArray[np.float32]:
-    """Return the values at the places of the blocks that are sent, run by run of such blocks, and zeros between."""
-    spread, taken = np.zeros(int(blocks.sizes.sum()), np.float32), 0
-    edges = np.append(blocks.starts, spread.size)[np.flatnonzero(np.diff(sent, prepend=False, append=False))]
-    for start, end in edges.reshape(-1, 2).tolist():
-        spread[start:end] = values[taken : taken + end - start]
-        taken += end - start
-    return spread
 
 
 def signs_error(parts: Sequence[NDArray[np.float32]], rate: float) -> float:
@@ -120,9 +118,9 @@ def send_signs(parts: Sequence[NDArray[np.float32]], rate: float) -> tuple[Signs
     entries, sums = _by_array(blocks, totals, sent, len(parts))
     means = np.divide(sums, entries, out=np.zeros(len(parts)), where=entries > 0).astype(np.float32)
     scales = (_leading(means).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    flat = join(parts)
-    kept = flat if sent.all() else flat[np.repeat(sent, blocks.sizes)]
-    return SignsGroup(scales, sent, tuple(part.size for part in parts)), (kept >= 0).astype(np.uint16)
+    signs = join(parts) >= 0
+    kept = signs if sent.all() else signs[np.repeat(sent, blocks.sizes)]
+    return SignsGroup(scales, sent, tuple(part.size for part in parts)), kept.astype(np.uint16)
 
 
 def _choose(
@@ -130,9 +128,11 @@ def _choose(
 ) -> tuple[Blocks, NDArray[np.float64], NDArray[np.bool_]]:
     """Return the blocks, the sum of each one's sizes, and which are sent: those of the largest mean."""
     blocks, flat = blocks_of(tuple(part.size for part in parts)), join(parts)
-    totals = np.zeros(blocks.starts.size)
-    if flat.size:
-        totals = np.add.reduceat(np.abs(flat), blocks.starts).astype(np.float64)
+    totals, ends = np.zeros(blocks.starts.size), np.append(blocks.starts, flat.size)
+    for first in range(0, totals.size, _SOME):
+        some = ends[first : first + _SOME + 1]
+        sums = np.add.reduceat(np.abs(flat[some[0] : some[-1]]), some[:-1] - some[0])
+        totals[first : first + _SOME] = sums
     order = np.argsort(-totals / blocks.sizes, kind="stable")
     left = rate * flat.size - blocks.sizes.size - 16 * np.minimum(len(parts), np.arange(1, order.size + 1))
     sent = np.zeros(order.size, np.bool_)

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.arrays import Mask, NamedArrays, check_finite, num_values, schema_digest
+from fedkit.arrays import Mask, NamedArrays, all_finite, check_finite, num_values, schema_digest
 from fedkit.codec.entropy import order0_bits
 from fedkit.codec.entropy_constrained import EntropyConstrained
 from fedkit.codec.frame import HEADER_SIZE, read_header, seal
@@ -147,7 +147,7 @@ class Frame:
         """
         flat = join([quantized.group.dequantize(quantized.levels) for quantized in self.groups])
         flat = flat if self.raw is None else self.raw
-        if not np.isfinite(flat).all():
+        if not all_finite(flat):
             raise WireFormatError("the frame holds NaN or infinite values.")
         return flat
 
