@@ -7,7 +7,7 @@ the frames that bring names and shapes along.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -35,7 +35,7 @@ from fedkit.codec.sparsify import Sparsifier, gather, scatter
 from fedkit.errors import SchemaMismatchError, WireFormatError
 
 _HEADS: Final = 24  # bytes of a group of `EntropyConstrained`, and of a small table
-_TRIES: Final = 4  # to meet a rate
+_TRIES: Final = 6  # to meet a rate
 _CLOSE: Final = 0.01  # to a rate, relative
 
 
@@ -201,26 +201,38 @@ class _Draft:
 class _Try(NamedTuple):
     """An attempt to meet a size."""
 
-    miss: float  # bytes
-    rate: float
+    rate: float  # that was asked for
+    size: float  # that was got, bytes besides heads
     group: Quantized
     written: tuple[int, list[bytes]]  # flags and sections
+
+
+def _try(quantizer: EntropyConstrained, parts: Sequence[NDArray[np.float32]], rate: float) -> _Try:
+    group = quantizer.quantize_to(parts, rate)
+    written = write_groups([group], [part.size for part in parts])
+    return _Try(rate, max(1, sum(map(len, written[1])) - _HEADS), group, written)
 
 
 def _meet(
     quantizer: EntropyConstrained, parts: Sequence[NDArray[np.float32]], room: float, rate: float, close: float
 ) -> _Try:
     """Return a try that takes `room` bytes besides heads, to the share `close`; `rate` is tried first."""
-    sizes = [part.size for part in parts]
-    best: _Try | None = None
-    for _ in range(_TRIES):
-        group = quantizer.quantize_to(parts, rate)
-        written = write_groups([group], sizes)
-        size = max(1, sum(map(len, written[1])) - _HEADS)
-        if best is None or abs(size - room) < best.miss:
-            best = _Try(abs(size - room), rate, group, written)
-        if best.miss <= close * room:
+    best = last = _try(quantizer, parts, rate)
+    known = {0.0: 0.0}  # sizes, by rate
+    for _ in range(_TRIES - 1):
+        if abs(best.size - room) <= close * room:
             break
-        rate *= room / size
-    assert best is not None
+        known[last.rate] = last.size
+        last = _try(quantizer, parts, _between(known, room))
+        best = min(best, last, key=lambda attempt: abs(attempt.size - room))
     return best
+
+
+def _between(known: Mapping[float, float], room: float) -> float:
+    """Return the rate at which a line through the sizes next to `room` meets it."""
+    size, rate = max((size, rate) for rate, size in known.items() if size <= room)
+    above = [(size, rate) for rate, size in known.items() if size > room]
+    if not above:
+        return rate * room / size
+    size_above, rate_above = min(above)
+    return rate + (rate_above - rate) * (room - size) / (size_above - size)
