@@ -11,6 +11,7 @@
     ├── VersionError                 a client that cannot rebuild the server's arrays
     ├── ReplyError                   one node's reply that cannot be used
     ├── QuorumError                  too few nodes, for too long
+    ├── StateError                   what must be remembered cannot be written or read
     └── LaunchError                  a Flower process that did not start, or a run that failed
 """
 
@@ -22,6 +23,7 @@ __all__ = [
     "QuorumError",
     "ReplyError",
     "SchemaMismatchError",
+    "StateError",
     "UnsupportedVersionError",
     "VersionError",
     "WireFormatError",
@@ -62,6 +64,10 @@ class ReplyError(FedkitError):
 
 class QuorumError(FedkitError):
     """Too few nodes, for too long."""
+
+
+class StateError(FedkitError):
+    """What must be remembered cannot be written or read."""
 
 
 class LaunchError(FedkitError):

@@ -9,10 +9,12 @@ Symbols and deviations: `fedkit.codec.quantize` (the quantizer), `fedkit.aggrega
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Self
 
-from fedkit.aggregation.lazy import LazyMean, LazyState, skip_threshold
+from flwr.app import ArrayRecord, Message, MetricRecord
+
+from fedkit.aggregation.lazy import LazyMean, LazyState, LazySum, Memory, skip_threshold
 from fedkit.arrays import NamedArrays
 from fedkit.codec.protocol import Quantizer
 from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
@@ -23,7 +25,7 @@ from fedkit.errors import ConfigError
 from .base import UpdateStrategy
 
 
-class Aquila(UpdateStrategy[LazyState]):
+class Aquila(UpdateStrategy[LazyState | LazySum]):
     """Lazily aggregated, adaptively quantized updates. Clients need `fedkit.clients.AquilaMod`.
 
     Parameters
@@ -35,6 +37,13 @@ class Aquila(UpdateStrategy[LazyState]):
         The default works with local training; `Aquila.published` has the paper's.
     weighted : bool
         Whether clients count by their number of examples.
+    memory : {"each", "sum"}
+        What the server remembers. "each": what every client sent, clients × parameters (in RAM, or in one file
+        per client: `fedkit.aggregation.memories`); a client that lost its memory starts anew alone, and one that
+        trains on more examples than before weighs more. "sum": their weighted sum, parameters only, however many
+        clients; a client's weight stays that of its first upload, nobody can be taken out, and once a client that
+        is in the sum has lost its memory, all start anew: each uploads against zeros, and until it has, counts
+        for nothing. Meant for clients that keep their memory on disk.
     **options
         As in `UpdateStrategy`.
     """
@@ -42,11 +51,17 @@ class Aquila(UpdateStrategy[LazyState]):
     scheme: ClassVar[str] = "aquila"
 
     def __init__(
-        self, *, beta: float = 0.05, quantizer: Quantizer | None = None, weighted: bool = True, **options: Any
+        self,
+        *,
+        beta: float = 0.05,
+        quantizer: Quantizer | None = None,
+        weighted: bool = True,
+        memory: Memory = "each",
+        **options: Any,
     ) -> None:
         if not beta >= 0:
             raise ConfigError(f"beta must be at least 0, got {beta}.")
-        super().__init__(LazyMean(weighted=weighted), Codec(quantizer or ZeroMidTread()), **options)
+        super().__init__(LazyMean(weighted, memory), Codec(quantizer or ZeroMidTread()), **options)
         self.beta = beta
         self._previous: NamedArrays | None = None
 
@@ -60,3 +75,11 @@ class Aquila(UpdateStrategy[LazyState]):
         threshold = skip_threshold(self.beta, params, self._previous)
         self._previous = params
         return {"skip-threshold": threshold}
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the new arrays and metrics, and let start anew whoever is not in the memory any more."""
+        result = super().aggregate_train(server_round, replies)
+        self.registry.accepted = dict(self.state.digests)
+        return result

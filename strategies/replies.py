@@ -179,6 +179,7 @@ def upload_of(
         fresh=report.base == GENESIS,
         metrics=metrics_of(reply.content),
         wire_bytes=len(data),
+        digest=report.base if report.skipped else chain(report.base, data),
     )
 
 

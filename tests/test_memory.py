@@ -139,8 +139,8 @@ def test_lazy_mean_counts_silent_clients_with_what_they_sent_before():
 
     aggregator, params = LazyMean(), zeros_like(LIKE)
 
-    def upload(name, arrays, fresh=False):
-        return Upload(1, name, 10.0, arrays, None, fresh, {}, 0)
+    def upload(name, arrays, fresh=True):
+        return Upload(1, name, 10.0, arrays, None, fresh, {}, 0, GENESIS)
 
     cohort = Cohort(1, {})
     first = aggregator(
@@ -149,5 +149,5 @@ def test_lazy_mean_counts_silent_clients_with_what_they_sent_before():
     second = aggregator(first.params, cohort, [upload("b", None)], first.state)
     assert np.allclose(first.params["lora_A"], 0.25)
     assert np.allclose(second.params["lora_A"], 0.5)
-    third = aggregator(second.params, cohort, [upload("a", zeros_like(LIKE), fresh=True)], second.state)
+    third = aggregator(second.params, cohort, [upload("a", zeros_like(LIKE))], second.state)
     assert np.allclose(third.params["lora_A"], 0.5), "a fresh upload replaces, it does not add"

@@ -4,64 +4,215 @@ The paper (see `fedkit.codec.quantize`) keeps ``q_m``, client m's last transmitt
 ``qbar = (1/M) Σ q_m``; an upload is the quantized innovation Δq_m with ``q_m ← q_m + Δq_m``, and a client that
 skips, or whose reply is lost, still counts with its old q_m.
 
-==========  =============================  ============================
+==========  =============================  ==================================================
 paper       meaning                        here
-==========  =============================  ============================
+==========  =============================  ==================================================
 q_m         what the server has from m     `LazyState.memory`
+Σ q_m       their sum                      `LazySum.total`, or summed anew from `LazyState`
 Δq_m        quantized innovation           `Upload.arrays`
 θ           model                          `params`
 β           how much silence is allowed    `skip_threshold`'s `beta`
-==========  =============================  ============================
+==========  =============================  ==================================================
 
 Deviations from the paper
 -------------------------
 An upload is an update (local − received), which is −α times the paper's gradient, so α is absorbed and
-``θ ← θ + mean``. The mean is weighted by the number of examples unless `weighted` is False. It is summed anew
-each round from the memories instead of kept as a running sum, which costs O(clients) and never drifts.
+``θ ← θ + mean``. The mean is weighted by the number of examples unless `weighted` is False. By default the sum
+is taken anew each round over what every client sent, which costs O(clients), never drifts, and lets a client
+leave, weigh more or start anew; the paper's running sum is ``memory="sum"``.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, TypeAlias
 
-from fedkit.aggregation.mean import weighted_mean
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkit.aggregation.memories import Memories
 from fedkit.aggregation.protocol import Aggregate, Cohort, Upload
-from fedkit.arrays import NamedArrays, add, squared_norm, subtract
+from fedkit.arrays import (
+    NamedArrays,
+    add,
+    check_same_schema,
+    flatten,
+    num_values,
+    squared_norm,
+    subtract,
+    unflatten,
+)
+from fedkit.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Memory: TypeAlias = Literal["each", "sum"]
 
 
 @dataclass(frozen=True, slots=True)
 class LazyState:
-    """What the server has from each client, by client id."""
+    """What the server has from each client; changed in place."""
 
-    memory: Mapping[str, NamedArrays] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
+    memory: Memories
+    weights: dict[str, float] = field(default_factory=dict)  # of the last reply of those in `memory`
+
+    @classmethod
+    def open(
+        cls,
+        like: NamedArrays,
+        folder: Path | None,
+        digests: Mapping[str, bytes] | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> Self:
+        """Return the state whose values are in files, with what is there of an earlier run's.
+
+        A client whose value with this digest is not there, or that has no weight, is left out: see `digests`.
+        """
+        memory, weights = Memories(like, folder), weights or {}
+        known = {name: digest for name, digest in (digests or {}).items() if name in weights}
+        found = {name: weights[name] for name, digest in known.items() if memory.open(name, digest)}
+        return cls(memory, found)
+
+    @property
+    def digests(self) -> Mapping[str, bytes]:
+        """Return the history of each client that may add to it; all others must start anew."""
+        return self.memory.digests
+
+    def take(self, upload: Upload, weight: float) -> None:
+        """Add an upload to what its client sent, or replace that."""
+        name, arrays = upload.client_id, upload.arrays
+        if arrays is not None and upload.fresh:
+            self.memory.put(name, arrays, upload.digest)
+        elif arrays is not None and not self.memory.add(name, arrays, upload.digest):
+            logger.warning("Client %r added to a memory that is not there: it starts anew.", name)
+        if name in self.memory:
+            self.weights[name] = weight
+        else:
+            self.weights.pop(name, None)
+
+    def discard(self, client_id: str) -> None:
+        """Forget a client that left."""
+        self.memory.discard(client_id)
+        self.weights.pop(client_id, None)
+
+    def mean(self) -> NDArray[np.float32]:
+        """Return the weighted mean, with one client's values in memory at a time; zeros if there are none."""
+        total, sums = 0.0, np.zeros(self.memory.num_values, np.float64)
+        scaled = np.empty_like(sums)
+        for name in self.memory:
+            vector = self.memory.vector(name)
+            if vector is None:  # its file was lost since
+                self.weights.pop(name, None)
+                continue
+            total += self.weights[name]
+            scaled[:] = vector
+            scaled *= self.weights[name]
+            sums += scaled
+        if total:
+            sums /= total
+        return sums.astype(np.float32)
+
+    def carried(self) -> LazyState:
+        """Return the state for the next round."""
+        return self
+
+
+@dataclass(slots=True)
+class LazySum:
+    """The weighted sum of what all clients sent; of each client only its weight and digest. Changed in place."""
+
+    total: NDArray[np.float64]
+    weights: dict[str, float] = field(default_factory=dict)  # of each client's first upload
+    digests: dict[str, bytes] = field(default_factory=dict)  # as in `LazyState`
+    broken: bool = False  # whether a client that is in the sum started anew
+
+    def take(self, upload: Upload, weight: float) -> None:
+        """Add an upload to the sum."""
+        name, arrays = upload.client_id, upload.arrays
+        if arrays is None:
+            return
+        if upload.fresh and name in self.weights:  # what is in the sum of it can no longer be told
+            self.broken = True
+            return
+        if not upload.fresh and name not in self.weights:
+            logger.warning("Client %r added to a memory that is not there: it starts anew.", name)
+            return
+        self.weights.setdefault(name, weight)
+        self.digests[name] = upload.digest
+        self.total += self.weights[name] * flatten(arrays).astype(np.float64)
+
+    def mean(self) -> NDArray[np.float32]:
+        """Return the weighted mean; a client that started anew still counts with what it sent before."""
+        return (self.total / (sum(self.weights.values()) or 1.0)).astype(np.float32)
+
+    def carried(self) -> LazySum:
+        """Return the state for the next round: an empty one if the sum holds what no client knows any more."""
+        if not self.broken:
+            return self
+        logger.warning("A client lost its memory, so the sum is void: all %d start anew.", len(self.weights))
+        return LazySum(np.zeros_like(self.total))
 
 
 @dataclass(frozen=True, slots=True)
 class LazyMean:
-    """Adds innovations to the memories and steps along their mean, over all clients ever heard from."""
+    """Adds innovations to what the clients sent and steps along the mean, over all clients ever heard from.
 
-    weighted: bool = True  # by number of examples; False: every client counts the same
+    Parameters
+    ----------
+    weighted : bool
+        By number of examples; False: every client counts the same.
+    memory : {"each", "sum"}
+        Whether the server remembers what each client sent, or their sum alone; see `fedkit.strategies.Aquila`.
 
-    def init(self, params: NamedArrays) -> LazyState:
-        """Return the state of a server that has heard from nobody."""
-        return LazyState()
+    Raises
+    ------
+    ConfigError
+        If there is no such `memory`.
+    """
+
+    weighted: bool = True
+    memory: Memory = "each"
+
+    def __post_init__(self) -> None:
+        if self.memory not in ("each", "sum"):
+            raise ConfigError(f"memory: expected 'each' or 'sum', got {self.memory!r}. Name one of them.")
+
+    def init(self, params: NamedArrays) -> LazyState | LazySum:
+        """Return the state of a server that has heard from nobody; of "each", in RAM: see `LazyState.open`."""
+        if self.memory == "sum":
+            return LazySum(np.zeros(num_values(params), np.float64))
+        return LazyState(Memories(params))
+
+    def remember(self, state: LazyState | LazySum) -> dict[str, Any]:
+        """Return the plain values that `recall` needs: of "each" all but the arrays, which are in files."""
+        saved: dict[str, Any] = {"weights": dict(state.weights), "digests": dict(state.digests)}
+        return saved | {"total": state.total} if isinstance(state, LazySum) else saved
+
+    def recall(self, params: NamedArrays, saved: Mapping[str, Any], folder: Path | None) -> LazyState | LazySum:
+        """Return the state of a run that keeps files in `folder`; of a new one if `saved` is empty.
+
+        Clients whose files do not hold what was saved are left out, with a warning: what is there is the state's
+        `digests`, and everybody else must start anew.
+        """
+        weights, digests = saved.get("weights", {}), saved.get("digests", {})
+        if self.memory == "sum":
+            total = np.array(saved["total"]) if saved else np.zeros(num_values(params), np.float64)
+            return LazySum(total, dict(weights), dict(digests))
+        return LazyState.open(params, folder, digests, weights)
 
     def __call__(
-        self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: LazyState
-    ) -> Aggregate[LazyState]:
-        """Return params + mean of the memories."""
-        memory, weights = dict(state.memory), dict(state.weights)
+        self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: LazyState | LazySum
+    ) -> Aggregate[LazyState | LazySum]:
+        """Return params + mean of what all clients sent. The state is changed in place."""
         for upload in uploads:
             if upload.arrays is not None:
-                replace = upload.fresh or upload.client_id not in memory
-                memory[upload.client_id] = (
-                    dict(upload.arrays) if replace else add(memory[upload.client_id], upload.arrays)
-                )
-            weights[upload.client_id] = upload.num_examples if self.weighted else 1.0
-        step = weighted_mean(((weights[name], memory[name]) for name in sorted(memory)), like=params)
-        return Aggregate(add(params, step), LazyState(memory, weights), {})
+                check_same_schema(upload.arrays, like=params)
+            state.take(upload, upload.num_examples if self.weighted else 1.0)
+        step = unflatten(state.mean(), like=params)
+        return Aggregate(add(params, step), state.carried(), {})
 
 
 def skip_threshold(beta: float, params: NamedArrays, previous: NamedArrays | None) -> float:

@@ -32,6 +32,7 @@ class Upload:
     fresh: bool  # the arrays replace what the server had from this client, rather than add to it
     metrics: Mapping[str, float]
     wire_bytes: int  # of the frame
+    digest: bytes  # of the client's memory after this upload, 16 bytes; see `fedkit.memory`
 
 
 class Aggregate(NamedTuple, Generic[S]):

@@ -33,7 +33,7 @@ def aggregate(aggregator, clusters, uploads, state=None, examples=None):
     params = join_clusters(clusters)
     cohort = Cohort(1, {number: join_slots(clusters[:1]) for number in range(len(uploads))})
     replies = [
-        Upload(number, name, (examples or {}).get(name, 1.0), join_slots(slots), None, True, {}, 0)
+        Upload(number, name, (examples or {}).get(name, 1.0), join_slots(slots), None, True, {}, 0, bytes(16))
         for number, (name, slots) in enumerate(uploads.items())
     ]
     return aggregator(params, cohort, replies, state or ClusterState())
