@@ -12,7 +12,7 @@ import numpy as np
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from fedkit.arrays import NamedArrays, check_finite, check_same_schema, subtract
-from fedkit.broadcast import receive
+from fedkit.broadcast import held_version, receive
 from fedkit.config import Scalar
 from fedkit.errors import FedkitError
 from fedkit.flower import ClientAppCallable, refusal
@@ -24,11 +24,12 @@ from fedkit.message import (
     frame_record,
     from_arrays,
     read_instructions,
-    read_parcel,
     read_scheme,
     to_arrays,
     write_report,
 )
+from fedkit.parcel import read_parcel
+from fedkit.state import ClientState, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Job:
     sent: NamedArrays  # as the server has them
     version: bytes  # of `sent`
     instructions: Instructions
-    state: RecordDict  # of the Context: what this client may remember
+    state: State  # what this client may remember
 
     @property
     def rng(self) -> np.random.Generator:
@@ -83,9 +84,15 @@ class UpdateMod(ABC):
         if read_scheme(message) != self.scheme:
             return call_next(message, context)
         try:
+            instructions = read_instructions(message)
+            where = ClientState(context, instructions.experiment)
+            state = where.load()
+            if instructions.introduce:
+                return _introduction(message, Report(client_id(context), GENESIS, True, held_version(state)))
             parcel = read_parcel(message.content)
-            sent = receive(parcel, context.state)
-            job = Job(client_id(context), sent, parcel.version, read_instructions(message), context.state)
+            sent = receive(parcel, state)
+            where.save(state)  # before any training: a disk that is full or read-only must not cost it
+            job = Job(client_id(context), sent, parcel.version, instructions, state)
             given = self.prepare(job)
             (key,) = message.content.array_records
             message.content[key] = from_arrays(given)
@@ -96,6 +103,7 @@ class UpdateMod(ABC):
                     coded = self._code_reply(reply.content, given, job)
                 report = Report(job.client_id, coded.base, coded.frame is None, job.version, coded.options)
                 write_report(reply.content, report)
+                where.save(state)
         except FedkitError as error:
             return refusal(f"{type(error).__name__}: {error}", reply_to=message)
         return reply
@@ -115,3 +123,10 @@ class UpdateMod(ABC):
         else:
             content[key] = frame_record(coded.frame)
         return coded
+
+
+def _introduction(message: Message, report: Report) -> Message:
+    """Return the answer to the question who this is."""
+    content = RecordDict()
+    write_report(content, report)
+    return Message(content, reply_to=message)

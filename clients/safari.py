@@ -14,20 +14,20 @@ without, the default, it starts from the whole model and the least *updates* go.
 
 from __future__ import annotations
 
+import struct
 import zlib
-from typing import ClassVar, cast
+from typing import ClassVar, Final
 
 import numpy as np
-from flwr.app import ConfigRecord
 from numpy.typing import NDArray
 
-from fedkit.arrays import Mask, NamedArrays, add, num_values, schema_digest, unflatten
+from fedkit.arrays import Mask, NamedArrays, add, flatten_mask, num_values, schema_digest, unflatten
 from fedkit.codec.packing import pack_mask, unpack_mask
 from fedkit.codec.sparsify import density, prune_and_regrow, random_mask
 
 from .base import Coded, Job, UpdateMod
 
-MASK_KEY = "fedkit.safari.mask"
+MASK_KEY: Final = "safari.mask"  # in the state: what the mask belongs to, then its bits
 
 
 class SafariMod(UpdateMod):
@@ -53,20 +53,18 @@ class SafariMod(UpdateMod):
 def load_mask(job: Job) -> dict[str, NDArray[np.bool_]]:
     """Return this client's mask; a new random one if it has none for these arrays at this density."""
     wanted, options = float(job.instructions.options["density"]), job.instructions.options
-    record = job.state.get(MASK_KEY)
-    if isinstance(record, ConfigRecord) and _key(job) == {key: record.get(key) for key in _key(job)}:
-        flat = unpack_mask(cast(bytes, record["mask"]), num_values(job.sent))
-        return unflatten(flat, like=job.sent)
+    kept, key = job.state.get(MASK_KEY, b""), _key(job)
+    if kept.startswith(key):
+        return unflatten(unpack_mask(kept[len(key) :], num_values(job.sent)), like=job.sent)
     rng = np.random.default_rng([int(options["seed"]), zlib.crc32(job.client_id.encode())])
     return random_mask(job.sent, wanted, rng)
 
 
 def save_mask(job: Job, mask: Mask) -> None:
     """Remember the mask in the client's state."""
-    bits = pack_mask(np.concatenate([part.ravel() for part in mask.values()]))
-    job.state[MASK_KEY] = ConfigRecord({**_key(job), "mask": bits})
+    job.state[MASK_KEY] = _key(job) + pack_mask(flatten_mask(mask))
 
 
-def _key(job: Job) -> dict[str, bytes | float]:
-    """Return what a mask belongs to."""
-    return {"schema": schema_digest(job.sent), "density": float(job.instructions.options["density"])}
+def _key(job: Job) -> bytes:
+    """Return what a mask belongs to: arrays, and a density."""
+    return schema_digest(job.sent) + struct.pack("<d", float(job.instructions.options["density"]))

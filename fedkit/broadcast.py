@@ -19,13 +19,12 @@ versions says so with an error reply, and is sent everything next time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedkit.arrays import NamedArrays, add, flatten, num_values, subtract, zeros_like
 from fedkit.codec.entropy_constrained import EntropyConstrained
@@ -34,15 +33,15 @@ from fedkit.codec.sparsify import Nonzero
 from fedkit.codec.wire import Codec, decode
 from fedkit.errors import CodecError, VersionError
 from fedkit.memory import GENESIS, chain
-from fedkit.message import STYPE, Parcel
+from fedkit.parcel import Parcel
 
 TWO_BITS: Final = Codec(EntropyConstrained(2.0))
 """Loses little, which is sent later: 5 to 10 % of the squared norm of each change."""
 ALL_NONZERO: Final = Codec(sparsifier=Nonzero())
 """Loses nothing, and leaves out zeros, such as the fresh half of all LoRA factors."""
 
-_ARRAYS: Final = "fedkit.received.arrays"
-_VERSION: Final = "fedkit.received.version"
+_ARRAYS: Final = "received.arrays"
+_VERSION: Final = "received.version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +119,8 @@ def snapshot_parcel(arrays: NamedArrays, version: bytes = GENESIS) -> Parcel:
     return Parcel(GENESIS, version, digest_of(arrays), (encode_snapshot(arrays),))
 
 
-def receive(parcel: Parcel, state: RecordDict) -> NamedArrays:
-    """Return the arrays of a parcel's version, and remember them in the state of the client's Context.
+def receive(parcel: Parcel, state: MutableMapping[str, bytes]) -> NamedArrays:
+    """Return the arrays of a parcel's version, and remember them in the client's state (`fedkit.state`).
 
     Raises
     ------
@@ -133,7 +132,7 @@ def receive(parcel: Parcel, state: RecordDict) -> NamedArrays:
     versions = list(accumulate(parcel.frames, chain, initial=parcel.base))
     if parcel.base == GENESIS:
         versions[-1] = parcel.version  # a snapshot stands for all changes before it
-    held, arrays = _load(state)
+    held, arrays = held_version(state), _load(state)
     at = versions.index(held) if arrays is not None and held in versions else None
     if versions[-1] != parcel.version or (at is None and parcel.base != GENESIS):
         forget(state)
@@ -148,15 +147,19 @@ def receive(parcel: Parcel, state: RecordDict) -> NamedArrays:
     if parcel.version == GENESIS:
         forget(state)
     else:
-        _save(state, parcel.version, arrays)
+        state[_ARRAYS], state[_VERSION] = encode_snapshot(arrays), parcel.version
     return arrays
 
 
-def forget(state: RecordDict) -> None:
+def held_version(state: MutableMapping[str, bytes]) -> bytes:
+    """Return the version that this client holds; GENESIS if none."""
+    return state.get(_VERSION, GENESIS)
+
+
+def forget(state: MutableMapping[str, bytes]) -> None:
     """Drop what this client has received."""
     for key in (_ARRAYS, _VERSION):
-        if key in state:
-            del state[key]
+        state.pop(key, None)
 
 
 def digest_of(arrays: NamedArrays) -> bytes:
@@ -164,17 +167,10 @@ def digest_of(arrays: NamedArrays) -> bytes:
     return hashlib.blake2b(flatten(arrays).astype("<f4").tobytes(), digest_size=8).digest()
 
 
-def _load(state: RecordDict) -> tuple[bytes, NamedArrays | None]:
-    record, version = state.get(_ARRAYS), state.get(_VERSION)
-    if isinstance(record, ArrayRecord) and isinstance(version, ConfigRecord):
+def _load(state: MutableMapping[str, bytes]) -> NamedArrays | None:
+    if _ARRAYS in state:
         try:
-            return cast(bytes, version["version"]), decode_snapshot(record["arrays"].data)
+            return decode_snapshot(state[_ARRAYS])
         except CodecError:
             forget(state)
-    return GENESIS, None
-
-
-def _save(state: RecordDict, version: bytes, arrays: NamedArrays) -> None:
-    data = encode_snapshot(arrays)
-    state[_ARRAYS] = ArrayRecord({"arrays": Array("uint8", (len(data),), STYPE, data)})
-    state[_VERSION] = ConfigRecord({"version": version})
+    return None

@@ -11,6 +11,7 @@
     ├── VersionError                 a client that cannot rebuild the server's arrays
     ├── ReplyError                   one node's reply that cannot be used
     ├── QuorumError                  too few nodes, for too long
+    ├── CrashError                   a crash of the server that a fault schedule wants
     ├── StateError                   what must be remembered cannot be written or read
     └── LaunchError                  a Flower process that did not start, or a run that failed
 """
@@ -18,6 +19,7 @@
 __all__ = [
     "CodecError",
     "ConfigError",
+    "CrashError",
     "FedkitError",
     "LaunchError",
     "QuorumError",
@@ -64,6 +66,10 @@ class ReplyError(FedkitError):
 
 class QuorumError(FedkitError):
     """Too few nodes, for too long."""
+
+
+class CrashError(FedkitError):
+    """A crash of the server that a fault schedule wants."""
 
 
 class StateError(FedkitError):

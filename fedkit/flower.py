@@ -22,13 +22,16 @@ __all__ = [
     "Mod",
     "deflate",
     "inflate",
+    "is_unavailable",
     "object_bytes",
     "object_sizes",
     "refusal",
     "task_identity",
+    "unavailable",
 ]
 
-_MOD_FAILED_PRECONDITION: Final = 6  # flwr's private ErrorCode of that name
+_UNAVAILABLE: Final = range(3, 6)  # of flwr's private ErrorCode: message, reply or node unavailable
+_MOD_FAILED_PRECONDITION: Final = 6
 
 
 def deflate(message: Message) -> tuple[str, dict[str, bytes]]:
@@ -58,6 +61,16 @@ def object_bytes(message: Message) -> int:
 def refusal(reason: str, *, reply_to: Message) -> Message:
     """Return the error reply of a mod that cannot go on."""
     return Message(Error(_MOD_FAILED_PRECONDITION, reason), reply_to=reply_to)
+
+
+def is_unavailable(reply: Message) -> bool:
+    """Return whether this is Flower's own answer, for a node that will not give one."""
+    return bool(reply.has_error() and reply.error.code in _UNAVAILABLE)
+
+
+def unavailable(message: Message) -> Message:
+    """Return what Flower answers for a node that went offline."""
+    return Message(Error(_UNAVAILABLE[-1], "lost by the fault schedule"), reply_to=message)
 
 
 @contextmanager

@@ -28,23 +28,24 @@ Flower need not send an object that the other side has, such as the same metrics
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from flwr.app import ArrayRecord, MetricRecord
 
-from fedkit.errors import ConfigError
+from fedkit.errors import ConfigError, StateError
+from fedkit.files import append_lines, read_lines, take_up
 from fedkit.sockets import Traffic
 
 Direction: TypeAlias = Literal["uplink", "downlink"]
 EvaluateFn: TypeAlias = Callable[[int, ArrayRecord], MetricRecord | None]
+ROUNDS: Final = "rounds.jsonl"  # a line of JSON per round
+JOURNAL: Final = "ledger.jsonl"  # and per message
 CALL: Final = Traffic(received=576, sent=72)  # flwr 1.39.0 over gRPC, without TLS
 
 
@@ -85,7 +86,10 @@ class Ledger:
     def __init__(self) -> None:
         self.entries: dict[int, list[Entry]] = {}  # by round
         self._spent: Counter[int] = Counter()  # by node
+        self._spent_before: Counter[str] = Counter()  # by client, before the run was resumed
         self._envelope = 0
+        self._all: list[Entry] = []  # as they were entered
+        self._journals: dict[Path, int] = {}  # how many of them each file has
         self._uplink: dict[int, Entry] = {}  # the last of each node
         self._ideal: dict[int, float] = {}  # of each node's next message down
         self._counts: dict[int, Counter[str]] = {}
@@ -101,6 +105,7 @@ class Ledger:
         else:
             entry.ideal_bits = self._ideal.pop(entry.node_id, 0.0)
         self.entries.setdefault(entry.server_round, []).append(entry)
+        self._all.append(entry)
 
     def ideal(self, node_id: int, direction: Direction, bits: float) -> None:
         """Say what an ideal coder needs for the node's next message down, or for its last one up."""
@@ -131,8 +136,10 @@ class Ledger:
         return totals
 
     def spent(self, node_id: int | None = None) -> int:
-        """Return the bytes of all messages, or of those to and from one node."""
-        return sum(self._spent.values()) if node_id is None else self._spent[node_id]
+        """Return the bytes of all messages, or of those to and from one node's client."""
+        if node_id is None:
+            return sum(self._spent.values()) + sum(self._spent_before.values())
+        return self._spent[node_id] + self._spent_before[self.client_of(node_id)]
 
     def envelope(self, default: int) -> int:
         """Return the most bytes that a message had besides its frames; `default` before there was one."""
@@ -146,12 +153,46 @@ class Ledger:
         """Return which client a node is, once it has answered; the node's id until then."""
         return self._uplink[node_id].client if node_id in self._uplink else str(node_id)
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the ledger was made; of a resumed run, those when it ran."""
+        return time.monotonic() - self._start
+
+    def journal(self, path: Path) -> int:
+        """Append the entries that the file lacks, a line of JSON each; return the file's size in bytes."""
+        known = self._journals.get(path)
+        size = append_lines(path, [_line(entry) for entry in self._all[known or 0 :]], anew=known is None)
+        self._journals[path] = len(self._all)
+        return size
+
+    def restore(self, path: Path, size: int, seconds: float) -> None:
+        """Take up again the run whose journal had `size` bytes after `seconds`; what it has beyond is cut off.
+
+        Raises
+        ------
+        StateError
+            If the journal is shorter, or damaged.
+        """
+        try:
+            entries = [
+                Entry(**{key.replace("-", "_"): v for key, v in line.items()}) for line in take_up(path, size)
+            ]
+        except TypeError as error:
+            raise StateError(f"cannot take up {path} ({error}). Was it damaged?") from None
+        clients = {entry.node_id: entry.client for entry in entries}  # as they were known in the end
+        for entry in entries:
+            self.entries.setdefault(entry.server_round, []).append(entry)
+            self._spent_before[clients[entry.node_id]] += entry.object_bytes
+            self._envelope = max(self._envelope, entry.object_bytes - entry.frame_bytes)
+        self._all = entries
+        self._journals[path], self._start = len(entries), time.monotonic() - seconds
+
     def recording(self, evaluate_fn: EvaluateFn, *, to: str | Path) -> EvaluateFn:
         """Return an `evaluate_fn` that also appends to ``rounds.jsonl`` and ``ledger.jsonl`` in the folder `to`.
 
         A line of the first is a round: the metrics, `round_totals`, ``fp32-bytes`` (the arrays in float32, once
         for every client asked) and ``seconds`` since the ledger was made. A line of the second is a message.
-        With an empty `to`, nothing is written.
+        A round that is run again, after a resumption, replaces its line. With an empty `to`, nothing is written.
 
         Raises
         ------
@@ -163,7 +204,7 @@ class Ledger:
         folder = Path(to)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("rounds.jsonl", "ledger.jsonl"):
+            for name in (ROUNDS, JOURNAL):
                 (folder / name).touch()
         except OSError as error:
             raise ConfigError(f"run-dir: cannot write {folder} ({error}).") from None
@@ -176,10 +217,14 @@ class Ledger:
                 **(metrics or {}),
                 **totals,
                 "fp32-bytes": totals["asked"] * 4 * sum(math.prod(a.shape) for a in arrays.values()),
-                "seconds": round(time.monotonic() - self._start, 3),
+                "seconds": round(self.seconds, 3),
             }
-            _append(folder / "ledger.jsonl", [_line(e) for e in self.entries.get(server_round, [])])
-            _append(folder / "rounds.jsonl", [line])
+            self.journal(folder / JOURNAL)
+            known = read_lines(folder / ROUNDS)
+            former = [old for old in known if old["round"] < server_round]
+            if len(former) < len(known):
+                append_lines(folder / ROUNDS, former, anew=True)
+            append_lines(folder / ROUNDS, [line])
             return metrics
 
         return evaluate
@@ -187,10 +232,3 @@ class Ledger:
 
 def _line(entry: Entry) -> dict[str, object]:
     return {field.replace("_", "-"): value for field, value in asdict(entry).items()}
-
-
-def _append(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())

@@ -22,14 +22,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import Final, cast
-
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from collections.abc import MutableMapping
+from typing import Final
 
 from fedkit.arrays import NamedArrays, add, subtract, zeros_like
 from fedkit.codec.wire import Codec, decode
 from fedkit.errors import CodecError
-from fedkit.message import STYPE
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +40,23 @@ def chain(digest: bytes, frame: bytes) -> bytes:
 
 
 class ClientMemory:
-    """What the server has from this client, kept in a Flower `Context`'s state.
+    """What the server has from this client.
 
     An upload that arrived is added; see `Residual` for the other kind of memory.
 
     Parameters
     ----------
-    state : RecordDict
-        The state of the client's Context; it outlives the ClientApp.
+    state : mutable mapping of str to bytes
+        What the client remembers (`fedkit.state`); it outlives the ClientApp.
     scheme : str
         Whose memory this is; schemes do not share one.
     like : NamedArrays
         Arrays with the names and shapes of an upload.
     """
 
-    def __init__(self, state: RecordDict, scheme: str, *, like: NamedArrays) -> None:
+    def __init__(self, state: MutableMapping[str, bytes], scheme: str, *, like: NamedArrays) -> None:
         self._state, self._like = state, like
-        self._arrays_key, self._digest_key = f"fedkit.{scheme}.memory", f"fedkit.{scheme}.digest"
+        self._arrays, self._digest, self._upload = (f"{scheme}.{part}" for part in ("memory", "digest", "staged"))
         self.digest, self.arrays, self._staged = self._load()
 
     def settle(self, accepted: bytes) -> NamedArrays:
@@ -83,25 +81,21 @@ class ClientMemory:
         return add(self.arrays, upload)
 
     def _load(self) -> tuple[bytes, NamedArrays, bytes | None]:
-        record, digest = self._state.get(self._arrays_key), self._state.get(self._digest_key)
-        if isinstance(record, ArrayRecord) and isinstance(digest, ConfigRecord):
-            staged = record["staged"].data if "staged" in record else None
+        if self._digest in self._state:
             try:
-                arrays = decode(record["committed"].data, like=self._like)
-            except CodecError as error:
+                arrays = decode(self._state[self._arrays], like=self._like)
+            except (CodecError, KeyError) as error:
                 logger.warning("The memory cannot be used (%s): starting anew.", error)
             else:
-                return cast(bytes, digest["digest"]), arrays, staged
+                return self._state[self._digest], arrays, self._state.get(self._upload)
         return GENESIS, zeros_like(self._like), None
 
     def _save(self) -> None:
-        parts = {"committed": Codec().encode(self.arrays)}
-        if self._staged is not None:
-            parts["staged"] = self._staged
-        self._state[self._arrays_key] = ArrayRecord(
-            {name: Array("uint8", (len(data),), STYPE, data) for name, data in parts.items()}
-        )
-        self._state[self._digest_key] = ConfigRecord({"digest": self.digest})
+        self._state[self._arrays], self._state[self._digest] = Codec().encode(self.arrays), self.digest
+        if self._staged is None:
+            self._state.pop(self._upload, None)
+        else:
+            self._state[self._upload] = self._staged
 
 
 class Residual(ClientMemory):

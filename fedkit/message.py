@@ -8,10 +8,8 @@ report, too: one record less is one call less, of 0.8 kB besides what it says (`
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from typing import Final, TypeVar, cast
 
 import numpy as np
@@ -34,17 +32,13 @@ SERVER_ROUND: Final = "server-round"
 SCHEME: Final = "fedkit-scheme"
 CODEC: Final = "fedkit-codec"
 ACCEPTED: Final = "fedkit-accepted"
-PARCEL: Final = "fedkit-parcel"
+EXPERIMENT: Final = "fedkit-experiment"
+INTRODUCE: Final = "fedkit-introduce"
 OPTION_PREFIX: Final = "fedkit-option-"
 
 CLIENT_ID: Final = "client-id"
 BASE: Final = "base"
 VERSION: Final = "version"
-
-_HASH: Final = 16  # bytes of a version, and of the digest of a memory
-_PARCEL: Final = struct.Struct(
-    f"<{_HASH}s{_HASH}s8s"
-)  # base, version, digest; then the sizes of all frames but one
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +50,8 @@ class Instructions:
     codec: Codec  # how to code the upload
     accepted: bytes  # digest of the uploads that the server has accepted from this client
     options: Mapping[str, Scalar] = field(default_factory=dict)  # what this scheme alone needs
-
-
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """The frames that bring one node to the server's arrays; see `fedkit.broadcast`."""
-
-    base: bytes  # the version that the first frame adds to; no version: it is a snapshot
-    version: bytes  # that the node then holds; none: it need not remember it
-    digest: bytes  # of its arrays
-    frames: tuple[bytes, ...]
+    experiment: str = ""  # this run, with all its resumptions
+    introduce: bool = False  # whether the node is only asked which client it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,32 +73,6 @@ def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:
 def from_arrays(arrays: NamedArrays) -> ArrayRecord:
     """Return arrays as an ordinary ArrayRecord; inverse of `to_arrays`."""
     return ArrayRecord({name: Array(np.asarray(array, np.float32)) for name, array in arrays.items()})
-
-
-def write_parcel(content: RecordDict, key: str, config: ConfigRecord, parcel: Parcel) -> None:
-    """Write a parcel as the one Array of the ArrayRecord `key`, and what it is among the config."""
-    content[key] = frame_record(b"".join(parcel.frames))
-    sizes = [len(frame) for frame in parcel.frames[:-1]]
-    config[PARCEL] = _PARCEL.pack(parcel.base, parcel.version, parcel.digest) + np.array(sizes, "<u4").tobytes()
-
-
-def read_parcel(content: RecordDict) -> Parcel:
-    """Return the parcel of a message; inverse of `write_parcel`.
-
-    Raises
-    ------
-    WireFormatError
-        If there is none, or its sizes do not add up.
-    """
-    data, packed = read_frame(content), (_config_of(content) or ConfigRecord()).get(PARCEL)
-    if not isinstance(packed, bytes) or len(packed) < _PARCEL.size or (len(packed) - _PARCEL.size) % 4:
-        raise WireFormatError("the message does not say what its frames are.")
-    base, version, digest = _PARCEL.unpack_from(packed)
-    sizes = np.frombuffer(packed, "<u4", offset=_PARCEL.size).tolist()
-    if sizes and not 0 < min(sizes) <= sum(sizes) < len(data):
-        raise WireFormatError(f"the frames take {len(data)} bytes: expected more than {sum(sizes)}.")
-    ends = [0, *accumulate(sizes), len(data)] if data else [0]
-    return Parcel(base, version, digest, tuple(data[start:end] for start, end in pairwise(ends)))
 
 
 def frame_record(frame: bytes) -> ArrayRecord:
@@ -140,12 +100,15 @@ def write_instructions(config: ConfigRecord, instructions: Instructions) -> None
     config[SCHEME] = instructions.scheme
     config[CODEC] = to_text(instructions.codec)
     config[ACCEPTED] = instructions.accepted
+    config[EXPERIMENT] = instructions.experiment
+    if instructions.introduce:
+        config[INTRODUCE] = True
     _write_options(config, instructions.options)
 
 
 def read_scheme(message: Message) -> str | None:
     """Return the scheme a message was made by; None for an ordinary Flower message."""
-    config = _config_of(message.content)
+    config = config_of(message.content)
     return None if config is None else str(config[SCHEME])
 
 
@@ -157,14 +120,21 @@ def read_instructions(message: Message) -> Instructions:
     ConfigError
         If the message has none, or they are incomplete.
     """
-    config = _config_of(message.content)
+    config = config_of(message.content)
     if config is None:
         raise ConfigError(f"the message has no {SCHEME!r} in its config.")
     server_round, accepted = config.get(SERVER_ROUND), config.get(ACCEPTED)
     if not isinstance(server_round, int) or not isinstance(accepted, bytes):
         raise ConfigError(f"the message's {SERVER_ROUND!r} or {ACCEPTED!r} is missing or of a wrong type.")
-    codec = from_text(str(config.get(CODEC)))
-    return Instructions(str(config[SCHEME]), server_round, codec, accepted, _read_options(config))
+    return Instructions(
+        scheme=str(config[SCHEME]),
+        server_round=server_round,
+        codec=from_text(str(config.get(CODEC))),
+        accepted=accepted,
+        options=_read_options(config),
+        experiment=str(config.get(EXPERIMENT, "")),
+        introduce=bool(config.get(INTRODUCE, False)),
+    )
 
 
 def write_report(content: RecordDict, report: Report) -> None:
@@ -217,6 +187,14 @@ def records_of(content: RecordDict, kind: type[R]) -> list[R]:
     return [record for record in content.values() if isinstance(record, kind)]
 
 
+def round_of(message: Message) -> int:
+    """Return the round that a message of a strategy is for; 0 if it does not say."""
+    for record in records_of(message.content, ConfigRecord):
+        if isinstance(server_round := record.get(SERVER_ROUND), int):
+            return server_round
+    return 0
+
+
 def client_id(context: Context) -> str:
     """Return the client's stable name: node config ``client-id``, else ``partition-id``, else the node id."""
     for key in ("client-id", "partition-id"):
@@ -238,5 +216,6 @@ def _read_options(config: ConfigRecord) -> dict[str, Scalar]:
     }
 
 
-def _config_of(content: RecordDict) -> ConfigRecord | None:
+def config_of(content: RecordDict) -> ConfigRecord | None:
+    """Return the ConfigRecord that holds fedkit's instructions; None if there is none."""
     return next((record for record in records_of(content, ConfigRecord) if SCHEME in record), None)

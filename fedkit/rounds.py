@@ -1,23 +1,64 @@
-"""The Grid wrapper that fedkit hands to Flower's own `start`: it counts what travels and applies the faults."""
+"""The round's bounds: the Grid wrapper that fedkit hands to Flower's own `start`.
+
+A message is on its way from `send_and_receive` until its reply is pulled or its deadline passes. A round ends when
+
+- every message of it was answered, or
+- `quorum` of the nodes asked have answered and `grace` seconds have passed since, or
+- the `deadline` passes, after which a reply is of no use to Flower either: it is the messages' ttl.
+
+=======================================  ==========================================================
+what happens                             what is done
+=======================================  ==========================================================
+fewer than `quorum` answered             the model stays and the log says so, or `QuorumError`
+a reply arrives after its round ended    with `late="use"` it counts in the round in which it came;
+                                         with ``"discard"`` it is dropped
+a reply arrives twice                    the second one is dropped
+a node has not answered yet              it is not asked anything else
+a node fails twice in a row, or more     it is not asked for 1, 2, 4, then 8 rounds; an answer clears it
+=======================================  ==========================================================
+
+To fail is to answer with an error, or not before the deadline. A reply that Flower calls unavailable, for its
+node went offline, is missing, which is no failure.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import math
+import time
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
-from flwr.app import Message, MessageType
+from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from fedkit.errors import ReplyError
 from fedkit.faults import Faults
-from fedkit.flower import GridWrapper, object_sizes
+from fedkit.faulty import FaultyGrid
+from fedkit.flower import GridWrapper, is_unavailable, object_sizes
 from fedkit.ledger import Direction, Entry, Ledger
-from fedkit.message import SERVER_ROUND, read_report
+from fedkit.limits import Clock, Limits, Pauses
+from fedkit.message import read_report, records_of, round_of
 from fedkit.sockets import SocketMeter
+
+logger = logging.getLogger(__name__)
+
+_POLL_FIRST, _POLL_MOST = 0.05, 1.0  # seconds between two looks for replies
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A message without an answer."""
+
+    node_id: int
+    server_round: int
+    kind: str  # Flower's message type
+    expires: float  # on the clock
 
 
 class RoundGrid(GridWrapper):
-    """A Grid for any strategy, Flower's own too.
+    """A Grid for any strategy, Flower's own too; fedkit's set its `limits`.
 
     Parameters
     ----------
@@ -25,10 +66,14 @@ class RoundGrid(GridWrapper):
         Flower's Grid.
     ledger : Ledger, optional
         Where messages are entered; a new one if unset.
+    limits : Limits, optional
+        Of every round.
     faults : Faults, optional
-        Which replies are withheld, as if they had been lost; none if unset.
+        What goes wrong on purpose; nothing if unset.
     meter : SocketMeter, optional
         Of the SuperLink's fleet port, in a deployment; what it counts during a round is entered in the ledger.
+    clock : Clock
+        Python's `time`.
     """
 
     def __init__(
@@ -36,68 +81,167 @@ class RoundGrid(GridWrapper):
         inner: Grid,
         *,
         ledger: Ledger | None = None,
+        limits: Limits | None = None,
         faults: Faults | None = None,
         meter: SocketMeter | None = None,
+        clock: Clock = time,
     ) -> None:
-        super().__init__(inner)
-        self.ledger = ledger or Ledger()
-        self.faults = faults or Faults()
-        self.meter = meter
+        super().__init__(inner if faults is None else FaultyGrid(inner, faults, clock.monotonic, self._lost))
+        self.ledger, self.limits, self.meter, self.clock = ledger or Ledger(), limits or Limits(), meter, clock
+        self._pauses = Pauses()
+        self._sent: dict[str, Sent] = {}  # without an answer, by message id
+        self._late: list[Message] = []
         self._clients: dict[int, str] = {}  # by node id
 
+    def ready(self, node_ids: Iterable[int], server_round: int, at_least: int = 1) -> list[int]:
+        """Return the nodes that may be asked: no message is on its way to them, and they are not paused.
+
+        Paused ones are among them, if there would be fewer than `at_least` without.
+        """
+        self._expire()
+        busy = {sent.node_id for sent in self._sent.values()}
+        idle = [node_id for node_id in node_ids if node_id not in busy]
+        rested = [node_id for node_id in idle if self._pauses.over(node_id, server_round)]
+        return rested if len(rested) >= at_least else idle
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Send messages and return the replies that were not lost, entering both in the ledger."""
+        """Send messages and return the replies of the round, and late ones; both are entered in the ledger.
+
+        Raises
+        ------
+        QuorumError
+            If too few nodes answered, and the limits say that this ends the run.
+        """
         messages = list(messages)
         if not messages:
             return []
-        server_round = _round_of(messages[0])
+        server_round, kind = round_of(messages[0]), messages[0].metadata.message_type
         for message in messages:
             self._enter(message, server_round, message.metadata.dst_node_id, "downlink")
         before = None if self.meter is None else self.meter.read()
-        replies = list(self.inner.send_and_receive(messages, timeout=timeout))
+        seconds = self.limits.deadline or timeout
+        ids = self._send(messages, server_round, math.inf if seconds is None else seconds)
+        replies = self._collect(ids, server_round, len(messages))
         if self.meter is not None and before is not None:
             self.ledger.carry(server_round, self.meter.read().since(before))
-        for reply in replies:
-            self._learn(reply)
-            self._enter(reply, server_round, reply.metadata.src_node_id, "uplink")
-        kept = [reply for reply in replies if not self._loses(server_round, reply)]
-        if messages[0].metadata.message_type == MessageType.TRAIN:
-            self._count(server_round, messages, kept)
-        return kept
+        if kind != MessageType.TRAIN:
+            return replies
+        self._count(server_round, len(messages), replies)
+        good, needed = sum(reply.has_content() for reply in replies), self.limits.needed(len(messages))
+        late, self._late = self._late, []
+        if good + len(late) < needed:
+            self.limits.refuse(f"Round {server_round}: {good} of {len(messages)} nodes answered, {needed} needed.")
+            return []
+        return [*replies, *late]
+
+    def ask(self, messages: Sequence[Message], *, timeout: float) -> list[Message]:
+        """Send messages that belong to no round's training, and return the replies that come in time."""
+        for message in messages:
+            self._enter(message, round_of(message), message.metadata.dst_node_id, "downlink")
+        ids = self._send(messages, round_of(messages[0]), self.limits.deadline or timeout)
+        return self._collect(ids, round_of(messages[0]), len(messages))
+
+    # ---- sending -------------------------------------------------------------------------------
+
+    def _send(self, messages: Sequence[Message], server_round: int, seconds: float) -> set[str]:
+        """Send what may be sent; return the ids."""
+        busy = {sent.node_id for sent in self._sent.values()}
+        messages = [message for message in messages if message.metadata.dst_node_id not in busy]
+        expires, ids = self.clock.monotonic() + seconds, set()
+        for message, message_id in zip(messages, list(self.inner.push_messages(messages)), strict=False):
+            node_id = message.metadata.dst_node_id
+            if message_id:
+                ids.add(message_id)
+                self._sent[message_id] = Sent(node_id, server_round, message.metadata.message_type, expires)
+            else:
+                logger.warning("round %d: Flower refused the message to node %d.", server_round, node_id)
+        return ids
+
+    # ---- receiving -----------------------------------------------------------------------------
+
+    def _collect(self, ids: set[str], server_round: int, asked: int) -> list[Message]:
+        """Return the replies to `ids` that come before the round ends."""
+        replies: list[Message] = []
+        quorum_at, pause = math.inf, _POLL_FIRST
+        while True:
+            for sent, reply in self._pull():
+                if sent.server_round != server_round or not ids & {reply.metadata.reply_to_message_id}:
+                    self._keep_late(sent, reply, server_round)
+                elif not is_unavailable(reply):
+                    self._enter(reply, server_round, sent.node_id, "uplink")
+                    replies.append(reply)
+            self._expire()
+            now = self.clock.monotonic()
+            if quorum_at == math.inf and sum(r.has_content() for r in replies) >= self.limits.needed(asked):
+                quorum_at = now
+            over = self.limits.grace is not None and now >= quorum_at + self.limits.grace
+            if over or not ids & self._sent.keys():
+                return replies
+            self.clock.sleep(pause)
+            pause = min(1.5 * pause, _POLL_MOST)
+
+    def _pull(self) -> list[tuple[Sent, Message]]:
+        """Return the replies that have come, each once, beside what they answer."""
+        pulled = []
+        for reply in self.inner.pull_messages(list(self._sent)) if self._sent else []:
+            sent = self._sent.pop(reply.metadata.reply_to_message_id, None)
+            if sent is None:
+                logger.warning("a reply came twice, or to a message that expired: dropped.")
+                continue
+            if reply.has_content():
+                self._learn(reply)
+                self._pauses.clear(sent.node_id)
+            elif not is_unavailable(reply):
+                self._pauses.fail(sent.node_id, sent.server_round)
+            pulled.append((sent, reply))
+        return pulled
+
+    def _keep_late(self, sent: Sent, reply: Message, server_round: int) -> None:
+        if not reply.has_content():
+            return
+        self._enter(reply, server_round, sent.node_id, "uplink")
+        used = sent.kind == MessageType.TRAIN and self.limits.late == "use"
+        self.ledger.note(server_round, late=1)
+        logger.info(
+            "node %d answered round %d late: %s.", sent.node_id, sent.server_round, "used" if used else "dropped"
+        )
+        if used:
+            self._late.append(reply)
+
+    def _expire(self) -> None:
+        """Give up on messages whose deadline has passed."""
+        now = self.clock.monotonic()
+        for message_id in [message_id for message_id, sent in self._sent.items() if sent.expires <= now]:
+            sent = self._sent.pop(message_id)
+            logger.warning("node %d did not answer round %d in time.", sent.node_id, sent.server_round)
+            self._pauses.fail(sent.node_id, sent.server_round)
+
+    # ---- the ledger ----------------------------------------------------------------------------
 
     def _enter(self, message: Message, server_round: int, node_id: int, direction: Direction) -> None:
         frames = 0
         if message.has_content():
-            frames = sum(len(a.data) for record in message.content.array_records.values() for a in record.values())
+            frames = sum(len(a.data) for r in records_of(message.content, ArrayRecord) for a in r.values())
         kind = str(message.metadata.message_type)
         client = self._clients.get(node_id, str(node_id))
         sizes = object_sizes(message)
         entry = Entry(server_round, client, node_id, direction, kind, sum(sizes), frames, len(sizes))
         self.ledger.enter(entry)
 
-    def _loses(self, server_round: int, reply: Message) -> bool:
-        node_id = reply.metadata.src_node_id
-        return self.faults.loses(server_round, self._clients.get(node_id, str(node_id)))
-
     def _learn(self, reply: Message) -> None:
         """Take note of which client a node is, if its reply says so."""
         with suppress(ReplyError):
-            if reply.has_content():
-                self._clients[reply.metadata.src_node_id] = read_report(reply.content).client_id
+            self._clients[reply.metadata.src_node_id] = read_report(reply.content).client_id
 
-    def _count(self, server_round: int, messages: list[Message], replies: list[Message]) -> None:
+    def _lost(self, reply: Message) -> None:
+        """Enter a reply that was sent, and then lost on purpose."""
+        if sent := self._sent.get(reply.metadata.reply_to_message_id):
+            if reply.has_content():
+                self._learn(reply)
+            self._enter(reply, sent.server_round, sent.node_id, "uplink")
+
+    def _count(self, server_round: int, asked: int, replies: Collection[Message]) -> None:
         errors = sum(reply.has_error() for reply in replies)
         self.ledger.note(
-            server_round,
-            asked=len(messages),
-            replies=len(replies) - errors,
-            rejected=errors,
-            missing=len(messages) - len(replies),
+            server_round, asked=asked, replies=len(replies) - errors, rejected=errors, missing=asked - len(replies)
         )
-
-
-def _round_of(message: Message) -> int:
-    for record in message.content.config_records.values():
-        if isinstance(server_round := record.get(SERVER_ROUND), int):
-            return server_round
-    return 0

@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedkit.aggregation.lazy import LazyMean, LazyState, LazySum, Memory, skip_threshold
 from fedkit.arrays import NamedArrays
+from fedkit.checkpoint import Tree
 from fedkit.codec.protocol import Quantizer
 from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.codec.wire import Codec
@@ -49,6 +50,7 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
     """
 
     scheme: ClassVar[str] = "aquila"
+    aggregator: LazyMean
 
     def __init__(
         self,
@@ -69,6 +71,17 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
     def published(cls, *, beta: float = 0.1, **options: Any) -> Self:
         """Return AQUILA as published: the grid without a zero, b* from 1 bit up, no weights, a dense downlink."""
         return cls(beta=beta, quantizer=AquilaMidTread(), weighted=False, **{"downlink": None, **options})
+
+    def remember(self) -> Tree:
+        """Return what the aggregator says, and the parameters before the last step."""
+        previous = None if self._previous is None else dict(self._previous)
+        return {"aggregation": self.aggregator.remember(self.state), "previous": previous}
+
+    def recall(self, params: NamedArrays, saved: Tree | None) -> None:
+        """Go on; a client whose file is lost starts anew."""
+        saved, folder = saved or {"aggregation": {}, "previous": None}, self.progress.folder
+        self.state = self.aggregator.recall(params, saved["aggregation"], folder and folder / "memories")
+        self.registry.accepted, self._previous = dict(self.state.digests), saved["previous"]
 
     def options(self, params: NamedArrays) -> Mapping[str, Scalar]:
         """Return the skip threshold, and remember the parameters for the next one."""

@@ -9,41 +9,40 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Generic, TypeVar, Unpack
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy import Result
 
 from fedkit.aggregation.protocol import Aggregator, Cohort
-from fedkit.arrays import NamedArrays, num_values
+from fedkit.arrays import NamedArrays
 from fedkit.broadcast import ALL_NONZERO, TWO_BITS
+from fedkit.checkpoint import Tree
 from fedkit.codec.wire import Codec
-from fedkit.config import Scalar
 from fedkit.errors import ConfigError, ReplyError
-from fedkit.ledger import Ledger
+from fedkit.ledger import EvaluateFn
 from fedkit.message import (
-    Instructions,
     Report,
     from_arrays,
     to_arrays,
-    write_instructions,
-    write_parcel,
 )
-from fedkit.rounds import RoundGrid
+from fedkit.rounds import Limits
 
+from .asking import Asking
 from .budget import Budget
 from .downlink import Downlink
 from .options import FedAvgOptions
-from .replies import Inbox, Registry, mean_metrics, weight_of
-from .sampling import sample_nodes
+from .replies import Inbox, weight_of
 
 logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
 
 
-class UpdateStrategy(FedAvg, Generic[S]):
+class UpdateStrategy(Asking, Generic[S]):
     """A strategy whose clients send coded updates.
 
     Parameters
@@ -59,16 +58,20 @@ class UpdateStrategy(FedAvg, Generic[S]):
         How the initial arrays are coded, once for each client; by default without loss.
     budget : Budget, optional
         How many bytes may travel; no limit if unset.
+    limits : Limits, optional
+        How long a round may last and what it is worth: quorum, grace, deadline; those of the RoundGrid if unset.
+    checkpoint : str or Path
+        The folder where the run is saved after each round; `start` takes up what it finds there. Empty: nowhere.
     seed : int
         Of the choice of clients, when not all take part.
     node_timeout : float
-        Seconds to wait for `min_available_nodes` before a round.
+        Seconds to wait for `min_available_nodes` before the first round, or for the quorum before a later one.
     **fedavg
         As in Flower's FedAvg.
     """
 
-    scheme: ClassVar[str]
     one_for_all: ClassVar[bool] = True  # whether every node is sent the same arrays
+    state_types: ClassVar[tuple[type, ...]] = ()  # dataclasses that `state` is made of
     state: S  # what the aggregator remembers, from the first round on
 
     def __init__(
@@ -79,21 +82,27 @@ class UpdateStrategy(FedAvg, Generic[S]):
         downlink: Codec | None = TWO_BITS,
         initial: Codec = ALL_NONZERO,
         budget: Budget | None = None,
+        limits: Limits | None = None,
+        checkpoint: str | Path = "",
         seed: int = 0,
         node_timeout: float = 600.0,
         **fedavg: Unpack[FedAvgOptions],
     ) -> None:
-        fedavg.setdefault("train_metrics_aggr_fn", mean_metrics)
-        fedavg.setdefault("evaluate_metrics_aggr_fn", mean_metrics)
-        super().__init__(**fedavg)
+        super().__init__(
+            codec,
+            Downlink(downlink, initial, seed),
+            budget=budget,
+            limits=limits,
+            checkpoint=checkpoint,
+            seed=seed,
+            node_timeout=node_timeout,
+            **fedavg,
+        )
         if downlink is not None and not self.one_for_all:
             raise ConfigError(f"downlink: {type(self).__name__} sends each node other arrays. Leave it unset.")
-        self.aggregator, self.codec, self.seed, self.node_timeout = aggregator, codec, seed, node_timeout
-        self.downlink = Downlink(downlink, initial, seed)
-        self.num_rounds, self.budget = 1, budget
-        self.ledger, self.registry = Ledger(), Registry()
-        self._params: NamedArrays = {}
+        self.aggregator = aggregator
         self._cohort = Cohort(0, {})
+        self._unanswered: Mapping[int, NamedArrays] = {}  # what nodes were sent that may yet answer, too late
 
     # ---- what a scheme may override ------------------------------------------------------------
 
@@ -101,25 +110,65 @@ class UpdateStrategy(FedAvg, Generic[S]):
         """Return what each node is sent; here everybody the same."""
         return dict.fromkeys(node_ids, params)
 
-    def options(self, params: NamedArrays) -> Mapping[str, Scalar]:
-        """Return what this scheme's mod must be told this round."""
-        return {}
-
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
         """Return arrays with the names and shapes of an upload; here those of what was sent."""
         return sent
 
+    def remember(self) -> Tree:
+        """Return plain values from which `recall` can go on after a restart; here `state`."""
+        return self.state
+
+    def recall(self, params: NamedArrays, saved: Tree | None) -> None:
+        """Go on from what `remember` returned; None: begin a run."""
+        self.state = self.aggregator.init(params) if saved is None else saved
+
     # ---- Flower's round ------------------------------------------------------------------------
 
     def start(
-        self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *args: Any, **kwargs: Any
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
-        """Run all rounds; see Flower's `Strategy.start`."""
+        """Run all rounds, or those that a checkpoint lacks; see Flower's `Strategy.start`.
+
+        Raises
+        ------
+        StateError
+            If the checkpoint cannot be read or written; before training, if that is clear by then.
+        ConfigError
+            If the checkpoint is of another strategy, or of other arrays.
+        QuorumError
+            If too few nodes take part, see `limits`.
+        """
+        grid = self._adopt(grid, timeout)
         self.num_rounds = num_rounds
-        grid = grid if isinstance(grid, RoundGrid) else RoundGrid(grid)
-        self.ledger = grid.ledger
-        params = self.downlink.begin(to_arrays(initial_arrays))
-        return super().start(grid, from_arrays(params), num_rounds, *args, **kwargs)
+        params = self.progress.resume(self, to_arrays(initial_arrays), grid.ledger)
+        if params is None:
+            params = self.downlink.begin(to_arrays(initial_arrays))
+            self._params = params
+            self.recall(params, None)
+            self.progress.save(self, 0, params, None)
+        before = self.progress.before
+
+        def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            if server_round == 0 and before:
+                return None  # that was done before the run was resumed
+            metrics = evaluate_fn(server_round + before, arrays) if evaluate_fn else None
+            if server_round:
+                self.progress.save(self, server_round + before, to_arrays(arrays), metrics)
+            else:
+                self.progress.note("server", 0, metrics)
+            return metrics
+
+        wanted = evaluate if evaluate_fn or self.progress.folder else None
+        left = max(0, num_rounds - before)
+        result = super().start(grid, from_arrays(params), left, timeout, train_config, evaluate_config, wanted)
+        return self.progress.complete(result, from_arrays(params))
 
     def summary(self) -> None:
         """Log the settings."""
@@ -130,34 +179,44 @@ class UpdateStrategy(FedAvg, Generic[S]):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return one message for each node of this round's cohort."""
+        server_round += self.progress.before
         first, self._params = not self._params, to_arrays(arrays)
         if first:
-            self.state = self.aggregator.init(self._params)
+            self.recall(self._params, None)
         node_ids = self._sample(grid, server_round, self.fraction_train, self.min_train_nodes)
         sent = self.distribute(self._params, node_ids)
         self._cohort = Cohort(server_round, sent, self.registry.names(node_ids))
-        return self._messages(MessageType.TRAIN, server_round, config, self._cohort.sent)
+        return self._messages(MessageType.TRAIN, server_round, config, sent)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the new arrays and the mean of the clients' metrics; (None, None) if nobody answered."""
-        inbox = Inbox(self.registry, self.ledger, self._cohort, self.weighted_by_key)
+        server_round += self.progress.before
+        asked, replies = len(self._cohort.sent), list(replies)
+        cohort = replace(self._cohort, sent={**self._unanswered, **self._cohort.sent})
+        answered = {reply.metadata.src_node_id for reply in replies}
+        self._unanswered = {node_id: sent for node_id, sent in cohort.sent.items() if node_id not in answered}
+        inbox = Inbox(self.registry, self.ledger, cohort, self.weighted_by_key)
         judged = inbox.judge(replies)
-        if not judged:
+        if len(judged) < self.limits.needed(asked):
+            if replies:
+                self.limits.refuse(f"Round {server_round}: {len(judged)} of {asked} replies can be used.")
             return None, None
         contents: list[RecordDict] = []
         uploads = inbox.uploads(judged, self.expected, contents)
-        params, self.state, metrics = self.aggregator(self._params, self._cohort, uploads, self.state)
+        params, self.state, metrics = self.aggregator(self._params, cohort, uploads, self.state)
         params = self.downlink.advance(params, server_round)
         record = self.train_metrics_aggr_fn(contents, self.weighted_by_key) if contents else MetricRecord()
         record.update(metrics)
+        self.progress.note("train", server_round, record)
         return from_arrays(params), record
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return one message for each node that is to evaluate the arrays."""
+        server_round += self.progress.before
         params = to_arrays(arrays)
         node_ids = self._sample(grid, server_round, self.fraction_evaluate, self.min_evaluate_nodes)
         return self._messages(
@@ -175,50 +234,8 @@ class UpdateStrategy(FedAvg, Generic[S]):
                 logger.warning("node %d, evaluation: %s", reply.metadata.src_node_id, error)
             else:
                 contents.append(reply.content)
-        return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
-
-    # ---- one node at a time --------------------------------------------------------------------
-
-    def _sample(self, grid: Grid, server_round: int, fraction: float, minimum: int) -> list[int]:
-        return sample_nodes(
-            grid,
-            fraction=fraction,
-            minimum=minimum,
-            available=self.min_available_nodes,
-            timeout=self.node_timeout,
-            order=self.registry.order,
-            seed=f"{self.seed}/{server_round}",
-        )
-
-    def _messages(
-        self, kind: str, server_round: int, config: ConfigRecord, sent: Mapping[int, NamedArrays]
-    ) -> list[Message]:
-        """Return a fresh message for each node."""
-        options = self.options(self._params)
-        messages = []
-        parcels = list(self.downlink.parcels(sent, self.registry.versions))
-        codecs = self._codecs(server_round, {node_id: sum(map(len, p.frames)) for node_id, p, _ in parcels})
-        for node_id, parcel, bits in parcels:
-            if node_id not in codecs:
-                continue
-            self.ledger.ideal(node_id, "downlink", bits)
-            own = ConfigRecord(dict(config))
-            accepted = self.registry.accepted_from(node_id)
-            write_instructions(own, Instructions(self.scheme, server_round, codecs[node_id], accepted, options))
-            content = RecordDict({self.configrecord_key: own})
-            write_parcel(content, self.arrayrecord_key, own, parcel)
-            messages.append(Message(content, dst_node_id=node_id, message_type=kind))
-        return messages
-
-    def _codecs(self, server_round: int, down: Mapping[int, int]) -> Mapping[int, Codec]:
-        """Return how each node that is asked codes its upload; `down`: bytes that nodes are to be sent."""
-        if self.budget is None:
-            return dict.fromkeys(down, self.codec)
-        return self.budget.codecs(
-            self.codec,
-            self.ledger,
-            down=down,
-            down_later=self.downlink.typical_bytes,
-            num_values=num_values(self._params),
-            rounds_left=self.num_rounds - server_round + 1,
-        )
+        if not contents:
+            return None
+        metrics = self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
+        self.progress.note("evaluate", server_round + self.progress.before, metrics)
+        return metrics

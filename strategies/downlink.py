@@ -8,8 +8,9 @@ import numpy as np
 
 from fedkit.arrays import NamedArrays, num_values
 from fedkit.broadcast import Broadcast, snapshot_parcel
+from fedkit.checkpoint import Tree
 from fedkit.codec.wire import Codec, open_frame
-from fedkit.message import Parcel
+from fedkit.parcel import Parcel
 
 
 class Downlink:
@@ -37,6 +38,16 @@ class Downlink:
             return params
         self.broadcast = Broadcast.begin(self.codec, params, self.initial, np.random.default_rng([self.seed, 0]))
         return self.broadcast.arrays
+
+    def remember(self) -> Tree:
+        """Return what must be known to go on after a restart."""
+        b = self.broadcast
+        return None if b is None else (dict(b.arrays), dict(b.residual), list(b.frames), list(b.versions))
+
+    def recall(self, saved: Tree, params: NamedArrays) -> None:
+        """Go on from what `remember` returned."""
+        self._snapshot = 4 * num_values(params)
+        self.broadcast = None if saved is None or self.codec is None else Broadcast(self.codec, *saved)
 
     def advance(self, params: NamedArrays, server_round: int) -> NamedArrays:
         """Return the server's new arrays as clients will rebuild them."""

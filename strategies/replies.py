@@ -74,14 +74,31 @@ class Registry:
         self.versions[node_id] = report.version
         return report
 
+    def knows(self, node_id: int) -> bool:
+        """Return whether this node has said which client it is."""
+        return node_id in self._client_ids
+
+    def absent(self, node_ids: Collection[int]) -> list[str]:
+        """Return the clients that are known, and are none of these nodes."""
+        present = self.names(node_ids).values()
+        return sorted({*self.accepted, *self._node_ids} - set(present))
+
+    def introduce(self, reply: Message) -> None:
+        """Take note of which client a node is, and of what it holds; raises ReplyError as `read_version`."""
+        report = self.read_version(reply)
+        self._meet(reply.metadata.src_node_id, report.client_id)
+
+    def _meet(self, node_id: int, client_id: str) -> None:
+        self._client_ids[node_id] = client_id
+        self._node_ids[client_id] = node_id
+
     def names(self, node_ids: Collection[int]) -> dict[int, str]:
         """Return the clients of those nodes that have answered once."""
         return {node_id: self._client_ids[node_id] for node_id in node_ids if node_id in self._client_ids}
 
     def accept(self, node_id: int, report: Report, frame: bytes) -> None:
         """Take note that an upload, or a skip, was accepted."""
-        self._client_ids[node_id] = report.client_id
-        self._node_ids[report.client_id] = node_id
+        self._meet(node_id, report.client_id)
         if not report.skipped:
             self.accepted[report.client_id] = chain(report.base, frame)
 

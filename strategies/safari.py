@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from fedkit.aggregation.compensate import Compensated, CompensateState, Metric
+from fedkit.aggregation.compensate import Compensated, CompensateState, Metric, Similarity
 from fedkit.arrays import NamedArrays
 from fedkit.codec.protocol import Quantizer
 from fedkit.codec.wire import Codec
@@ -50,6 +50,7 @@ class Safari(UpdateStrategy[CompensateState]):
     """
 
     scheme: ClassVar[str] = "safari"
+    state_types: ClassVar[tuple[type, ...]] = (CompensateState, Similarity)
 
     def __init__(
         self,

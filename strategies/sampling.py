@@ -3,55 +3,58 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable
-
-from flwr.serverapp import Grid
+from collections.abc import Callable, Sequence
 
 from fedkit.errors import QuorumError
+from fedkit.rounds import RoundGrid
 
 
-def sample_nodes(
-    grid: Grid,
+def wait_for_nodes(
+    grid: RoundGrid,
+    server_round: int,
     *,
-    fraction: float,
-    minimum: int,
-    available: int,
+    wanted: int,
+    enough: int,
+    at_least: int,
     timeout: float,
-    order: Callable[[int], tuple[str, int]],
-    seed: str,
+    missing: Callable[[Sequence[int]], Sequence[str]],
 ) -> list[int]:
-    """Return the nodes to ask, sorted by `order`; wait for enough of them, but not for ever.
+    """Return the connected nodes, once there are enough of them; but do not wait for ever.
 
     Parameters
     ----------
-    fraction, minimum
-        How many to ask: this share of those connected, but at least so many.
-    available
-        How many must be connected.
+    wanted
+        How many should be connected in the first round.
+    enough
+        How many must be in a later one, and in the first one when time is up.
+    at_least
+        How many of them must be ready, see `RoundGrid.ready`.
     timeout
-        Seconds to wait for them.
-    order
-        A sort key that means the same in every run, so that the same seed means the same choice.
-    seed
-        Of the choice.
+        Seconds to wait.
+    missing
+        Returns the clients that are known and have none of these nodes.
 
     Raises
     ------
     QuorumError
-        If too few nodes are connected after `timeout`.
+        If there are too few nodes after `timeout`, naming the clients that are missing.
     """
-    if fraction == 0:
-        return []
-    needed, deadline = max(available, minimum), time.monotonic() + timeout
-    while len(node_ids := list(grid.get_node_ids())) < needed:
-        if time.monotonic() > deadline:
+    deadline = grid.clock.monotonic() + timeout
+    while True:
+        node_ids = list(grid.get_node_ids())
+        ready, late = len(grid.ready(node_ids, server_round, at_least)), grid.clock.monotonic() >= deadline
+        if ready >= at_least and len(node_ids) >= (enough if late or server_round > 1 else wanted):
+            return node_ids
+        if late:
+            names = ", ".join(missing(node_ids)) or "nobody who answered before"
             raise QuorumError(
-                f"expected {needed} nodes within {timeout:.0f} s, got {len(node_ids)}. "
-                "Start more SuperNodes, or lower min_available_nodes."
+                f"expected {enough} nodes within {timeout:.0f} s, got {len(node_ids)}, {ready} of them ready. "
+                f"Missing: {names}. Start more SuperNodes, or lower min_available_nodes or the quorum."
             )
-        time.sleep(min(1.0, timeout))
-    node_ids.sort(key=order)
-    size = max(int(len(node_ids) * fraction), minimum)
-    chosen = set(random.Random(seed).sample(node_ids, size))
+        grid.clock.sleep(min(1.0, timeout))
+
+
+def choose(node_ids: Sequence[int], size: int, seed: str) -> list[int]:
+    """Return `size` of the nodes, or all, in their order; the same choice for the same order and seed."""
+    chosen = set(random.Random(seed).sample(node_ids, min(size, len(node_ids))))
     return [node_id for node_id in node_ids if node_id in chosen]

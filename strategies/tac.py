@@ -52,6 +52,7 @@ class Tac(UpdateStrategy[ClusterState]):
 
     scheme: ClassVar[str] = "tac"
     one_for_all: ClassVar[bool] = False
+    state_types: ClassVar[tuple[type, ...]] = (ClusterState,)
 
     def __init__(
         self,

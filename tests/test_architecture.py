@@ -17,8 +17,10 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 LAYERS = [  # each may import from its own layer and from those below
     {"fedkit.cli", "fedkit.launch", "fedkit.report"},
     {"fedkit.strategies", "fedkit.clients"},
-    {"fedkit.broadcast", "fedkit.rounds", "fedkit.memory", "fedkit.ledger", "fedkit.message"},
-    {"fedkit.flower", "fedkit.config", "fedkit.sockets"},
+    {"fedkit.rounds", "fedkit.faulty"},
+    {"fedkit.broadcast", "fedkit.memory", "fedkit.state", "fedkit.checkpoint", "fedkit.ledger"},
+    {"fedkit.message", "fedkit.parcel"},
+    {"fedkit.flower", "fedkit.config", "fedkit.sockets", "fedkit.files", "fedkit.limits"},
     {"fedkit.codec", "fedkit.aggregation", "fedkit.faults"},
     {"fedkit.arrays", "fedkit.errors", "fedkit.assets", "fedkit"},
 ]

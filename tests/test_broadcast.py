@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from flwr.app import RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,11 +42,11 @@ def test_the_first_version_is_the_initial_arrays_bit_for_bit():
 @settings(max_examples=40, deadline=None)
 @given(plan=st.lists(st.sampled_from(["delivered", "reply lost", "message lost", "state lost"]), max_size=12))
 def test_a_client_rebuilds_the_servers_arrays_whatever_was_lost(codec, plan):
-    broadcast, state, said = begin(codec), RecordDict(), None
+    broadcast, state, said = begin(codec), {}, None
     for number, event in enumerate(plan, 1):
         parcel = broadcast.parcel_for(said)
         if event == "state lost":
-            state = RecordDict()
+            state = {}
         if event != "message lost":
             try:
                 assert same(receive(parcel, state), broadcast.arrays)
@@ -56,7 +55,7 @@ def test_a_client_rebuilds_the_servers_arrays_whatever_was_lost(codec, plan):
                 assert event == "state lost"
                 said = None
         broadcast = advance(broadcast, number)
-    assert same(receive(broadcast.parcel_for(None), RecordDict()), broadcast.arrays)
+    assert same(receive(broadcast.parcel_for(None), {}), broadcast.arrays)
 
 
 @every_codec
@@ -75,19 +74,19 @@ def test_a_snapshot_replaces_a_chain_that_has_become_longer():
         broadcast = advance(broadcast, number)
         size = sum(map(len, broadcast.parcel_for(None).frames))
         assert size <= 4 * num_values(LIKE) + 150
-        assert same(receive(broadcast.parcel_for(None), RecordDict()), broadcast.arrays)
+        assert same(receive(broadcast.parcel_for(None), {}), broadcast.arrays)
     assert len(broadcast.parcel_for(None).frames) == 1
     assert len(broadcast.parcel_for(broadcast.versions[-2]).frames) == 1
 
 
 def test_a_client_that_holds_the_newest_version_gets_no_frame_twice():
-    broadcast, state = begin(Codec()), RecordDict()
+    broadcast, state = begin(Codec()), {}
     receive(broadcast.parcel_for(None), state)
     assert same(receive(broadcast.parcel_for(broadcast.version), state), broadcast.arrays)
 
 
 def test_arrays_that_differ_in_one_bit_are_noticed_and_forgotten():
-    broadcast, state = begin(Codec()), RecordDict()
+    broadcast, state = begin(Codec()), {}
     receive(broadcast.parcel_for(None), state)
     later = advance(broadcast, 1)
     parcel = later.parcel_for(broadcast.version)
@@ -98,6 +97,6 @@ def test_arrays_that_differ_in_one_bit_are_noticed_and_forgotten():
 
 
 def test_a_snapshot_without_a_version_is_not_remembered():
-    state = RecordDict()
+    state = {}
     assert same(receive(snapshot_parcel(draw(0)), state), draw(0))
     assert not state

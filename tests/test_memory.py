@@ -14,6 +14,7 @@ from fedkit.codec.wire import Codec, decode
 from fedkit.faults import Faults
 from fedkit.memory import GENESIS, ClientMemory, chain
 from fedkit.rounds import RoundGrid
+from fedkit.state import ClientState
 from fedkit.strategies import Aquila
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import LIKE, client_app, initial, optimum, targets
@@ -31,21 +32,21 @@ def equal(a, b):
 
 
 def test_settle_commits_what_the_server_accepted():
-    state = RecordDict()
+    state = {}
     memory(state).stage(FRAME)
     settled = memory(state).settle(chain(GENESIS, FRAME))
     assert equal(settled, decode(FRAME, like=LIKE))
 
 
 def test_settle_rolls_back_what_was_lost():
-    state = RecordDict()
+    state = {}
     memory(state).stage(FRAME)
     assert equal(memory(state).settle(GENESIS), zeros_like(LIKE))
     assert memory(state).digest == GENESIS
 
 
 def test_settle_forgets_when_the_server_knows_another_history():
-    state = RecordDict()
+    state = {}
     memory(state).stage(FRAME)
     memory(state).settle(chain(GENESIS, FRAME))
     assert equal(memory(state).settle(b"x" * 16), zeros_like(LIKE))
@@ -53,7 +54,7 @@ def test_settle_forgets_when_the_server_knows_another_history():
 
 
 def test_a_memory_for_other_shapes_is_forgotten():
-    state = RecordDict()
+    state = {}
     memory(state).settle(GENESIS)
     other = ClientMemory(state, "aquila", like={"lora_A": np.zeros((8, 12), np.float32)})
     assert other.digest == GENESIS
@@ -84,7 +85,7 @@ class WatchedGrid(RoundGrid):
         """A client has just settled: its memory and the server's must be the same, bytes and digest."""
         for node_id, context in self.inner.contexts.items():
             name = str(context.node_config["partition-id"])
-            mine = memory(context.state)
+            mine = memory(ClientState(context, self.strategy.progress.experiment).load())
             has_forgotten = self.forgetful and mine.digest == GENESIS
             assert has_forgotten or self.strategy.registry.accepted.get(name, GENESIS) == mine.digest
             if mine.digest != GENESIS:

@@ -6,17 +6,14 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from fedkit.errors import ReplyError, WireFormatError
 from fedkit.message import (
     FEDKIT,
-    PARCEL,
     SCHEME,
-    Parcel,
     Report,
     frame_record,
-    read_parcel,
     read_report,
     restore_metrics,
-    write_parcel,
     write_report,
 )
+from fedkit.parcel import PARCEL, Parcel, read_parcel, write_parcel
 
 HASHES = bytes(range(16)), bytes(range(16, 32))
 REPORT = Report("7", HASHES[0], False, HASHES[1], {"num-slots": 2})

@@ -90,12 +90,12 @@ class SignsGroup:
         for start, end in edges.reshape(-1, 2).tolist():
             values[start:end] = levels[taken : taken + end - start]
             taken += end - start
+        for start, end in np.concatenate([[0], edges, [values.size]]).reshape(-1, 2).tolist():
+            values[start:end] = 0.5  # between the two signs: nothing
         values *= 2
         values -= 1
         for part, scale in zip(np.split(values, np.cumsum(self.sizes)), self.scales, strict=False):
             part *= scale
-        for start, end in np.concatenate([[0], edges, [values.size]]).reshape(-1, 2).tolist():
-            values[start:end] = 0
         return values
 
     def times_two_to(self, power: int) -> Self:

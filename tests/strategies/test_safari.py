@@ -45,8 +45,8 @@ class Spy(GridWrapper):
         super().__init__(inner)
         self.rounds = []
 
-    def send_and_receive(self, messages, *, timeout=None):
-        replies = list(self.inner.send_and_receive(messages, timeout=timeout))
+    def pull_messages(self, message_ids):
+        replies = list(self.inner.pull_messages(message_ids))
         if replies:
             frames = {r.metadata.src_node_id: open_frame(read_frame(r.content), like=LIKE) for r in replies}
             self.rounds.append({node_id: (frame.arrays(), frame.mask) for node_id, frame in frames.items()})

@@ -14,6 +14,7 @@ from fedkit.clients import TacMod
 from fedkit.clients.tac import join_slots, split_slots
 from fedkit.codec.quantize import ZeroMidTread
 from fedkit.errors import ConfigError, SchemaMismatchError
+from fedkit.faults import Faults
 from fedkit.flower import GridWrapper
 from fedkit.message import from_arrays, to_arrays
 from fedkit.rounds import RoundGrid
@@ -74,9 +75,9 @@ def everybody(num=6):
     return {"fraction_evaluate": 0.0, "min_train_nodes": num, "min_available_nodes": num}
 
 
-def run(strategy, apps, rounds=6, start=None, spy=None):
+def run(strategy, apps, rounds=6, start=None, spy=None, faults=None):
     grid = InProcessGrid(apps)
-    grid = RoundGrid(spy(grid) if spy else grid)
+    grid = RoundGrid(spy(grid) if spy else grid, faults=faults)
     result = strategy.start(grid, start or initial(), num_rounds=rounds)
     return to_arrays(result.arrays), grid
 
@@ -124,8 +125,8 @@ def test_permuting_clients_changes_nothing():
 
 def test_arrival_order_changes_nothing():
     class Late(GridWrapper):
-        def send_and_receive(self, messages, *, timeout=None):
-            return list(self.inner.send_and_receive(messages, timeout=timeout))[::-1]
+        def pull_messages(self, message_ids):
+            return list(self.inner.pull_messages(message_ids))[::-1]
 
     one, _ = run(Tac(num_clusters=3, **everybody()), clients())
     other, _ = run(Tac(num_clusters=3, **everybody()), clients(), spy=Late)
@@ -162,16 +163,8 @@ def test_a_run_can_start_from_the_clusters_of_another():
 
 
 def test_a_client_that_missed_rounds_gets_its_clusters_as_they_are_now():
-    class Deaf(GridWrapper):
-        rounds = 0
-
-        def send_and_receive(self, messages, *, timeout=None):
-            replies = list(self.inner.send_and_receive(messages, timeout=timeout))
-            Deaf.rounds += 1
-            return [r for r in replies if Deaf.rounds == 1 or r.metadata.src_node_id != 1002]
-
     strategy = Tac(num_clusters=3, **everybody())
-    params, _ = run(strategy, clients(), spy=Deaf)
+    params, _ = run(strategy, clients(), faults=Faults(rates={"2": 1.0}, start_round=2))
     sent = strategy.distribute(params, [1002])[1002]
     expected = [by_task(params, strategy)[task] for task in TASKS["2"]]
     np.testing.assert_array_equal(flat(sent), flat(join_slots(expected)))

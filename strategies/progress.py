@@ -1,0 +1,132 @@
+"""How far a run has come, and its checkpoint: saved after each round, taken up by the next `start`."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp.strategy import Result
+
+from fedkit import checkpoint
+from fedkit.arrays import NamedArrays, schema_digest
+from fedkit.checkpoint import Tree
+from fedkit.codec.names import to_text
+from fedkit.errors import ConfigError
+from fedkit.ledger import JOURNAL, Ledger
+
+if TYPE_CHECKING:
+    from .base import UpdateStrategy
+
+logger = logging.getLogger(__name__)
+
+_KINDS: Final = ("train", "evaluate", "server")  # metrics: the clients' two, and those of `evaluate_fn`
+
+
+class Progress:
+    """What a run has come to: its id, its rounds, their metrics.
+
+    Parameters
+    ----------
+    folder : Path, optional
+        Where it is saved; None: nowhere.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.experiment = secrets.token_hex(8)
+        self.before = 0  # rounds that were run before this `start`; Flower counts from 1 again
+        self.server_round = 0  # the last one that was saved
+        self._metrics: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in _KINDS}
+
+    def note(self, kind: str, server_round: int, metrics: MetricRecord | None) -> None:
+        """Remember the metrics of a round."""
+        if metrics is not None:
+            self._metrics[kind][server_round] = dict(metrics)
+
+    def save(
+        self, strategy: UpdateStrategy[Any], server_round: int, params: NamedArrays, metrics: MetricRecord | None
+    ) -> None:
+        """Save everything after a round; raises StateError."""
+        self.note("server", server_round, metrics)
+        self.server_round = server_round
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tree = {
+            "of": fingerprint(strategy, params),
+            "experiment": self.experiment,
+            "round": server_round,
+            "metrics": self._metrics,
+            "params": dict(params),
+            "downlink": strategy.downlink.remember(),
+            "accepted": strategy.registry.accepted,
+            "state": strategy.remember(),
+            "ledger": (strategy.ledger.journal(self.folder / JOURNAL), strategy.ledger.seconds),
+        }
+        checkpoint.save(self.folder, tree)
+
+    def resume(self, strategy: UpdateStrategy[Any], params: NamedArrays, ledger: Ledger) -> NamedArrays | None:
+        """Take up the run in the folder; return its arrays, None if there is none.
+
+        Raises
+        ------
+        StateError
+            If the checkpoint cannot be read.
+        ConfigError
+            If it is of another strategy, or of other arrays.
+        """
+        saved = None if self.folder is None else checkpoint.load(self.folder, *strategy.state_types)
+        if saved is None or self.folder is None:
+            return None
+        for key, value in fingerprint(strategy, saved["params"]).items():
+            if saved["of"].get(key) != value:
+                raise ConfigError(
+                    f"the checkpoint in {self.folder}: expected {key} {value}, got {saved['of'].get(key)}. "
+                    "Choose another folder, or delete it to start anew."
+                )
+        if schema_digest(params) != schema_digest(saved["params"]):
+            raise ConfigError(f"the checkpoint in {self.folder} is of arrays of other names or shapes.")
+        self.experiment, self._metrics = saved["experiment"], saved["metrics"]
+        self.before = self.server_round = saved["round"]
+        found: NamedArrays = saved["params"]
+        strategy.downlink.recall(saved["downlink"], found)
+        strategy.registry.accepted = saved["accepted"]
+        strategy.recall(found, saved["state"])
+        strategy._params = found
+        size, seconds = saved["ledger"]
+        ledger.restore(self.folder / JOURNAL, size, seconds)
+        logger.info("Resumed after round %d: Flower's round 1 is round %d.", self.before, self.before + 1)
+        return found
+
+    def complete(self, result: Result, params: ArrayRecord) -> Result:
+        """Return Flower's result with the rounds of the whole run; `params` if no round was left."""
+        shown: Mapping[str, dict[int, MetricRecord]] = {
+            "train": result.train_metrics_clientapp,
+            "evaluate": result.evaluate_metrics_clientapp,
+            "server": result.evaluate_metrics_serverapp,
+        }
+        for kind, by_round in shown.items():
+            now = {server_round + self.before: metrics for server_round, metrics in by_round.items()}
+            then = {k: MetricRecord(m) for k, m in self._metrics[kind].items() if k <= self.before}
+            by_round.clear()
+            by_round.update(then | now)
+        if not result.arrays:
+            result.arrays = params
+        return result
+
+
+def fingerprint(strategy: UpdateStrategy[Any], params: NamedArrays) -> dict[str, Tree]:
+    """Return what a resumed run must have in common with the one it resumes."""
+    downlink = strategy.downlink.codec
+    return {
+        "strategy": type(strategy).__name__,
+        "aggregation": repr(strategy.aggregator),
+        "codec": to_text(strategy.codec),
+        "downlink": None if downlink is None else to_text(downlink),
+        "seed": strategy.seed,
+        "schema": schema_digest(params),
+    }
