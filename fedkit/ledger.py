@@ -115,7 +115,7 @@ class Ledger:
             self._uplink[node_id].ideal_bits = bits
 
     def note(self, server_round: int, **counts: int) -> None:
-        """Add to the counts of a round: asked, replies, skips, missing, rejected."""
+        """Add to the counts of a round: asked, replies, skips, missing, rejected, late."""
         self._counts.setdefault(server_round, Counter()).update(counts)
 
     def carry(self, server_round: int, traffic: Traffic) -> None:
@@ -126,7 +126,7 @@ class Ledger:
     def round_totals(self, server_round: int) -> dict[str, int]:
         """Return bytes by direction, and the counts, of one round; bytes on the socket, if they were metered."""
         counts = self._counts.get(server_round, Counter())
-        totals = {key: counts[key] for key in ("asked", "replies", "skips", "missing", "rejected")}
+        totals = {key: counts[key] for key in ("asked", "replies", "skips", "missing", "rejected", "late")}
         totals |= self._sockets.get(server_round, {})
         for direction in ("uplink", "downlink"):
             entries = [e for e in self.entries.get(server_round, []) if e.direction == direction]

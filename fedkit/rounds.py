@@ -44,6 +44,7 @@ from fedkit.sockets import SocketMeter
 
 logger = logging.getLogger(__name__)
 
+QUESTION: Final = "question"  # the kind of a message that belongs to no round's training
 _POLL_FIRST, _POLL_MOST = 0.05, 1.0  # seconds between two looks for replies
 
 
@@ -53,7 +54,7 @@ class Sent:
 
     node_id: int
     server_round: int
-    kind: str  # Flower's message type
+    kind: str  # Flower's message type, or `QUESTION`
     expires: float  # on the clock
 
 
@@ -116,11 +117,8 @@ class RoundGrid(GridWrapper):
         if not messages:
             return []
         server_round, kind = round_of(messages[0]), messages[0].metadata.message_type
-        for message in messages:
-            self._enter(message, server_round, message.metadata.dst_node_id, "downlink")
         before = None if self.meter is None else self.meter.read()
-        seconds = self.limits.deadline or timeout
-        ids = self._send(messages, server_round, math.inf if seconds is None else seconds)
+        ids = self._send(messages, server_round, kind, timeout)
         replies = self._collect(ids, server_round, len(messages))
         if self.meter is not None and before is not None:
             self.ledger.carry(server_round, self.meter.read().since(before))
@@ -136,25 +134,25 @@ class RoundGrid(GridWrapper):
 
     def ask(self, messages: Sequence[Message], *, timeout: float) -> list[Message]:
         """Send messages that belong to no round's training, and return the replies that come in time."""
-        for message in messages:
-            self._enter(message, round_of(message), message.metadata.dst_node_id, "downlink")
-        ids = self._send(messages, round_of(messages[0]), self.limits.deadline or timeout)
+        ids = self._send(messages, round_of(messages[0]), QUESTION, timeout)
         return self._collect(ids, round_of(messages[0]), len(messages))
 
     # ---- sending -------------------------------------------------------------------------------
 
-    def _send(self, messages: Sequence[Message], server_round: int, seconds: float) -> set[str]:
+    def _send(self, messages: Sequence[Message], server_round: int, kind: str, timeout: float | None) -> set[str]:
         """Send what may be sent; return the ids."""
         busy = {sent.node_id for sent in self._sent.values()}
         messages = [message for message in messages if message.metadata.dst_node_id not in busy]
-        expires, ids = self.clock.monotonic() + seconds, set()
+        seconds, ids = self.limits.deadline or timeout or math.inf, set()
+        expires = self.clock.monotonic() + seconds
         for message, message_id in zip(messages, list(self.inner.push_messages(messages)), strict=False):
             node_id = message.metadata.dst_node_id
-            if message_id:
-                ids.add(message_id)
-                self._sent[message_id] = Sent(node_id, server_round, message.metadata.message_type, expires)
-            else:
+            if not message_id:
                 logger.warning("round %d: Flower refused the message to node %d.", server_round, node_id)
+                continue
+            self._enter(message, server_round, node_id, "downlink")
+            self._sent[message_id] = Sent(node_id, server_round, kind, expires)
+            ids.add(message_id)
         return ids
 
     # ---- receiving -----------------------------------------------------------------------------

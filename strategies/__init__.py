@@ -1,5 +1,7 @@
 """Flower strategies, the server's half of each scheme."""
 
+from fedkit.limits import Limits
+
 from .aquila import Aquila
 from .base import UpdateStrategy
 from .budget import Budget
@@ -8,4 +10,4 @@ from .error_feedback import ErrorFeedback
 from .safari import Safari
 from .tac import Tac
 
-__all__ = ["STRATEGIES", "Aquila", "Budget", "ErrorFeedback", "Safari", "Tac", "UpdateStrategy", "build"]
+__all__ = ["STRATEGIES", "Aquila", "Budget", "ErrorFeedback", "Limits", "Safari", "Tac", "UpdateStrategy", "build"]
