@@ -29,6 +29,7 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final
 
 from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
