@@ -111,16 +111,24 @@ def _pop_ans(data: memoryview, tables: Sequence[Table], sizes: Sequence[int]) ->
         raise WireFormatError("coded levels: the stream ends in a zero word.")
     coder, parts = constriction.stream.stack.AnsCoder(words), []
     for table, size in zip(tables, sizes, strict=True):
-        joined = np.zeros(table.num_symbols(size), np.uint8)
-        if joined.size and len(odds := table.odds()) > 1:
-            model = constriction.stream.model.Categorical(odds, perfect=False)
-            for start in range(0, joined.size, CHUNK):
-                part = joined[start : start + CHUNK]
-                part[:] = coder.decode(model, part.size)
-        parts.append(table.separate(joined, size))
+        parts.append(table.separate(_popped(coder, table.odds(), table.num_symbols(size)), size))
     if not coder.is_empty():
         raise WireFormatError("coded levels: the stream holds more than was expected.")
     return parts
+
+
+def _popped(
+    coder: constriction.stream.stack.AnsCoder, odds: NDArray[np.float64], count: int
+) -> Iterator[NDArray[np.int32]]:
+    """Yield `count` symbols, chunk by chunk; of a table of one symbol, nothing was written."""
+    model = constriction.stream.model.Categorical(odds, perfect=False) if count and len(odds) > 1 else None
+    for start in range(0, count, CHUNK):
+        size = min(CHUNK, count - start)
+        yield np.zeros(size, np.int32) if model is None else coder.decode(model, size)
+
+
+def _chunks(symbols: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+    return (symbols[start : start + CHUNK] for start in range(0, symbols.size, CHUNK))
 
 
 def _deflate(joined: Sequence[NDArray[np.uint8]]) -> bytes:
@@ -139,7 +147,7 @@ def _inflate(data: memoryview, tables: Sequence[Table], sizes: Sequence[int]) ->
         raise WireFormatError(f"coded levels: expected {sum(counts)} symbols and no more.")
     ends = np.cumsum(counts)
     joined = [symbols[end - count : end] for end, count in zip(ends, counts, strict=True)]
-    return [table.separate(part, size) for table, part, size in zip(tables, joined, sizes, strict=True)]
+    return [table.separate(_chunks(part), size) for table, part, size in zip(tables, joined, sizes, strict=True)]
 
 
 def _histograms(parts: Sequence[Levels]) -> tuple[NDArray[np.int64], int]:

@@ -7,6 +7,7 @@ frequency of a symbol is the product of those of its levels.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from functools import cache
 from typing import Final, NamedTuple
 
@@ -78,14 +79,15 @@ class Table(NamedTuple):
                 part += ranks[digit::group]
         return joined
 
-    def separate(self, joined: NDArray[np.integer], size: int) -> NDArray[np.uint16]:
-        """Return `size` levels; inverse of `join`. Raises WireFormatError for a symbol that is none."""
-        symbols = self.symbols().astype(np.uint16)
-        if joined.size and int(joined.max()) >= len(symbols):
-            raise WireFormatError(f"coded levels: a symbol lies above {len(symbols) - 1}.")
-        levels = np.empty((joined.size, symbols.shape[1]), np.uint16)
-        for start in range(0, joined.size, CHUNK):
-            np.take(symbols, joined[start : start + CHUNK], axis=0, out=levels[start : start + CHUNK], mode="clip")
+    def separate(self, joined: Iterable[NDArray[np.integer]], size: int) -> NDArray[np.uint16]:
+        """Return `size` levels, given chunks of symbols; inverse of `join`. Raises WireFormatError."""
+        symbols, start = self.symbols().astype(np.uint16), 0
+        levels = np.empty((self.num_symbols(size), symbols.shape[1]), np.uint16)
+        for part in joined:
+            if part.size and int(part.max()) >= len(symbols):
+                raise WireFormatError(f"coded levels: a symbol lies above {len(symbols) - 1}.")
+            np.take(symbols, part, axis=0, out=levels[start : start + part.size], mode="clip")
+            start += part.size
         return levels.ravel()[:size]
 
     def num_symbols(self, size: int) -> int:
