@@ -94,8 +94,11 @@ class SignsGroup:
             values[start:end] = 0.5  # between the two signs: nothing
         values *= 2
         values -= 1
-        for part, scale in zip(np.split(values, np.cumsum(self.sizes)), self.scales, strict=False):
-            part *= scale
+        end = 0
+        for size, scale in zip(self.sizes, self.scales, strict=True):
+            if scale:  # else nothing of this array is sent
+                values[end : end + size] *= scale
+            end += size
         return values
 
     def times_two_to(self, power: int) -> Self:
