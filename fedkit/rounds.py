@@ -129,6 +129,8 @@ class RoundGrid(GridWrapper):
         good, needed = sum(reply.has_content() for reply in replies), self.limits.needed(len(messages))
         late, self._late = self._late, []
         if good + len(late) < needed:
+            for reply in (reply for reply in replies if reply.has_error()):
+                logger.warning("node %d: %s", reply.metadata.src_node_id, reply.error.reason)
             self.limits.refuse(f"Round {server_round}: {good} of {len(messages)} nodes answered, {needed} needed.")
             return []
         return [*replies, *late]
