@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, get_type_hints
 
 from fedkit.errors import ConfigError
+from fedkit.faults import Faults
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -29,6 +30,7 @@ class RunConfig:
     num_clients: int = 10  # nodes in simulation; elsewhere how many the server waits for
     seed: int = 0
     drop: float = 0.0  # probability that a reply is lost, for experiments
+    faults: str = ""  # what else goes wrong, for experiments: the JSON of a `fedkit.faults.Faults`
     run_dir: str = ""  # where the server writes rounds.jsonl and the model; empty: nowhere
 
     def __post_init__(self) -> None:
@@ -38,6 +40,12 @@ class RunConfig:
             raise ConfigError(f"num-clients must be at least 1, got {self.num_clients}.")
         if not 0 <= self.drop < 1:
             raise ConfigError(f"drop must be at least 0 and below 1, got {self.drop}.")
+        self.schedule()
+
+    def schedule(self, **more: Any) -> Faults:
+        """Return what goes wrong: `faults`, else nothing by the run's seed; with `drop` if set, and `more` fields."""
+        faults = Faults.from_json(self.faults) if self.faults else Faults(seed=self.seed)
+        return dataclasses.replace(faults, **({"drop": self.drop} if self.drop else {}), **more)
 
 
 def parse(cls: type[T], run_config: Mapping[str, Scalar]) -> T:

@@ -4,6 +4,7 @@ import pytest
 
 from fedkit.config import RunConfig, parse, parse_overrides
 from fedkit.errors import ConfigError
+from fedkit.faults import Faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +45,17 @@ def test_overrides_are_toml_pairs_with_quoted_blanks():
     assert given == {"a": 1, "b": "x y", "c": True, "d": 0.5, "run-dir": "/tmp/it's"}
     with pytest.raises(ConfigError, match="Quote strings"):
         parse_overrides(["strategy=fedavg"])
+
+
+def test_a_fault_schedule_is_json_in_the_run_config():
+    config = RunConfig(faults='{"bursts": {"begin": 0.1, "end": 0.5}, "duplicate": 0.2}', drop=0.3, seed=4)
+    schedule = config.schedule(rates={"1": 0.5})
+    assert (schedule.drop, schedule.duplicate, schedule.bursts.begin, dict(schedule.rates)) == (
+        0.3,
+        0.2,
+        0.1,
+        {"1": 0.5},
+    )
+    assert RunConfig(seed=4).schedule() == Faults(seed=4)
+    with pytest.raises(ConfigError, match=r"faults: .*'dorp'"):
+        RunConfig(faults='{"dorp": 0.1}')

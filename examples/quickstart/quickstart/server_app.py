@@ -8,7 +8,6 @@ from flwr.serverapp import Grid, ServerApp
 from fedkit.aggregation.slots import split_clusters
 from fedkit.clients.adapters import get_adapter, set_adapter
 from fedkit.config import parse
-from fedkit.faults import Faults
 from fedkit.message import from_arrays, to_arrays
 from fedkit.rounds import RoundGrid
 from fedkit.strategies import build
@@ -28,9 +27,9 @@ def main(grid: Grid, context: Context) -> None:
         set_adapter(model, *split_clusters(to_arrays(arrays)))  # one, also under TAC, for there is one task
         return MetricRecord(task.evaluate(model, images, labels))
 
-    first_half = map(str, range(config.num_clients // 2 if config.drop_half else 0))
-    faults = Faults(drop=config.drop, seed=config.seed, rates=dict.fromkeys(first_half, config.drop_half))
-    rounds = RoundGrid(grid, faults=faults)
+    first_half = map(str, range(config.num_clients // 2))
+    rates = {"rates": dict.fromkeys(first_half, config.drop_half)} if config.drop_half else {}
+    rounds = RoundGrid(grid, faults=config.schedule(**rates))
     result = build(config).start(
         grid=rounds,
         initial_arrays=from_arrays(get_adapter(model)),

@@ -8,7 +8,6 @@ from flwr.serverapp import Grid, ServerApp
 from fedkit.aggregation.slots import split_clusters
 from fedkit.clients.adapters import get_adapter, set_adapter
 from fedkit.config import parse
-from fedkit.faults import Faults
 from fedkit.message import from_arrays, to_arrays
 from fedkit.rounds import RoundGrid
 from fedkit.strategies import build
@@ -28,7 +27,7 @@ def main(grid: Grid, context: Context) -> None:
         set_adapter(model, *split_clusters(to_arrays(arrays)))  # one, also under TAC, for there is one task
         return MetricRecord(task.evaluate(model, rows, config))
 
-    rounds = RoundGrid(grid, faults=Faults(drop=config.drop, seed=config.seed))
+    rounds = RoundGrid(grid, faults=config.schedule())
     result = build(config).start(
         grid=rounds,
         initial_arrays=from_arrays(get_adapter(model)),
