@@ -43,7 +43,7 @@ class RunConfig:
         self.schedule()
 
     def schedule(self, **more: Any) -> Faults:
-        """Return what goes wrong: `faults`, else nothing by the run's seed; with `drop` if set, and `more` fields."""
+        """Return what goes wrong: `faults`, or nothing; with `drop`, if that is set, and `more` fields."""
         faults = Faults.from_json(self.faults) if self.faults else Faults(seed=self.seed)
         return dataclasses.replace(faults, **({"drop": self.drop} if self.drop else {}), **more)
 
