@@ -68,8 +68,13 @@ class Asking(FedAvg):
         self.limits, self.ledger, self._timeout = grid.limits, grid.ledger, timeout
         return grid
 
-    def _sample(self, grid: Grid, server_round: int, fraction: float, minimum: int) -> list[int]:
-        """Return the nodes to ask, by client id; none, if there are too few and the limits let the model stay."""
+    def _sample(
+        self, grid: Grid, server_round: int, fraction: float, minimum: int, *, must: bool = False
+    ) -> list[int]:
+        """Return the nodes to ask, by client id; none, if there are too few and the limits let the model stay.
+
+        With `must`, too few are an error in any case.
+        """
         if fraction == 0:
             return []
         grid = self._adopt(grid, self._timeout)
@@ -85,8 +90,8 @@ class Asking(FedAvg):
                 missing=self.registry.absent,
             )
         except QuorumError as error:
-            if server_round == 1:
-                raise  # nothing was trained that might stay
+            if must:
+                raise
             self.limits.refuse(str(error))
             return []
         size = max(int(len(node_ids) * fraction), minimum)

@@ -183,7 +183,8 @@ class UpdateStrategy(Asking, Generic[S]):
         first, self._params = not self._params, to_arrays(arrays)
         if first:
             self.recall(self._params, None)
-        node_ids = self._sample(grid, server_round, self.fraction_train, self.min_train_nodes)
+        must = server_round == 1  # nothing was trained yet that might stay
+        node_ids = self._sample(grid, server_round, self.fraction_train, self.min_train_nodes, must=must)
         sent = self.distribute(self._params, node_ids)
         self._cohort = Cohort(server_round, sent, self.registry.names(node_ids))
         return self._messages(MessageType.TRAIN, server_round, config, sent)

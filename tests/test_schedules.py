@@ -1,0 +1,67 @@
+"""Random schedules: whatever goes wrong, clients, server and their slow twins agree after every round."""
+
+import pytest
+
+from benchmarks.schedules import main, play_all
+from fedkit.clients import AquilaMod
+from fedkit.codec.wire import decode
+from fedkit.limits import Limits
+from fedkit.memory import ClientMemory, chain
+from fedkit.rounds import RoundGrid
+from fedkit.strategies import Aquila
+from tests.helpers.grid import InProcessGrid, VirtualTime
+from tests.helpers.quadratic import client_app, initial, targets
+from tests.helpers.schedules.plan import draw
+
+
+def test_random_schedules_keep_all_invariants():
+    tally = play_all(range(10_000, 10_060), seconds=8)
+    assert not tally.failures
+    assert tally.schedules >= 5
+    assert tally.starts > tally.schedules, "some servers restart"
+
+
+def test_a_schedule_is_drawn_from_its_seed_alone():
+    assert draw(7) == draw(7) != draw(8)
+
+
+def test_a_memory_that_is_trusted_at_once_is_found(monkeypatch):
+    """The twins are not decoration: they find the error that the acknowledgement is there for."""
+
+    def trust_at_once(self, accepted):
+        if self._staged is not None:
+            self.arrays = self._committed(decode(self._staged, like=self._like))
+            self.digest, self._staged = chain(self.digest, self._staged), None
+        self.digest = accepted
+        self._save()
+        return self.arrays
+
+    monkeypatch.setattr(ClientMemory, "settle", trust_at_once)
+    assert play_all(range(8)).failures
+
+
+def test_an_evaluation_with_too_few_nodes_does_not_end_the_run_in_the_first_round():
+    class Shrinking(InProcessGrid):
+        """Two of three nodes leave once they have trained."""
+
+        def get_node_ids(self):
+            return list(self.apps)[: 1 if next(self.numbers) > 3 else 3]
+
+    grid = Shrinking([client_app([AquilaMod()], target) for target in targets(3)])
+    strategy = Aquila(
+        min_train_nodes=1, min_available_nodes=2, fraction_evaluate=1.0, min_evaluate_nodes=1, node_timeout=5.0
+    )
+    wrapped = RoundGrid(grid, limits=Limits(below_quorum="keep"), clock=VirtualTime())
+    result = strategy.start(wrapped, initial(), num_rounds=2)
+    assert list(result.train_metrics_clientapp) == [1]
+
+
+@pytest.mark.slow
+def test_a_minute_of_schedules(capsys):
+    assert main(["--seconds", "60"]) == 0, capsys.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_a_hundred_thousand_schedules(tmp_path, capsys):
+    assert main(["--full", "--out", str(tmp_path)]) == 0, capsys.readouterr()
