@@ -45,7 +45,9 @@ class RunConfig:
     def schedule(self, **more: Any) -> Faults:
         """Return what goes wrong: `faults`, or nothing; with `drop`, if that is set, and `more` fields."""
         faults = Faults.from_json(self.faults) if self.faults else Faults(seed=self.seed)
-        return dataclasses.replace(faults, **({"drop": self.drop} if self.drop else {}), **more)
+        if self.drop:
+            more["drop"] = self.drop
+        return dataclasses.replace(faults, **more)
 
 
 def parse(cls: type[T], run_config: Mapping[str, Scalar]) -> T:

@@ -24,12 +24,12 @@ from fedkit.checkpoint import Tree
 from fedkit.codec.wire import Codec
 from fedkit.errors import ConfigError, ReplyError
 from fedkit.ledger import EvaluateFn
+from fedkit.limits import Limits
 from fedkit.message import (
     Report,
     from_arrays,
     to_arrays,
 )
-from fedkit.rounds import Limits
 
 from .asking import Asking
 from .budget import Budget
