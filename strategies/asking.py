@@ -141,7 +141,7 @@ class Asking(FedAvg):
         return Message(content, dst_node_id=node_id, message_type=kind, ttl=ttl)
 
     def _instructions(self, server_round: int, node_id: int, codec: Codec, **more: Any) -> Instructions:
-        accepted = self.registry.accepted_from(node_id)
+        accepted = self.registry.told[node_id] = self.registry.accepted_from(node_id)
         experiment = self.progress.experiment
         return Instructions(self.scheme, server_round, codec, accepted, experiment=experiment, **more)
 

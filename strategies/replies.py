@@ -29,6 +29,7 @@ class Registry:
 
     def __init__(self) -> None:
         self.accepted: dict[str, bytes] = {}  # by client id
+        self.told: dict[int, bytes] = {}  # what was accepted from its client, as a node was told last
         self.versions: dict[int, bytes] = {}  # of the arrays that a node said it holds; by node id
         self._client_ids: dict[int, str] = {}  # by node id; known once a node has answered
         self._node_ids: dict[str, int] = {}  # the other way round, of the node that answered last
@@ -52,10 +53,10 @@ class Registry:
         node_id, report = reply.metadata.src_node_id, self.read_version(reply)
         if node_id not in asked:
             raise ReplyError("it was not asked.")
-        owner = self._node_ids.get(report.client_id, node_id)
-        if owner != node_id and owner in asked:
+        if (owner := self._node_ids.get(report.client_id)) != node_id and owner in asked:
             raise ReplyError(f"another node of this round is client {report.client_id!r} already.")
-        if report.base not in (GENESIS, self.accepted.get(report.client_id, GENESIS)):
+        accepted = self.accepted.get(report.client_id, GENESIS)
+        if report.base != accepted and (report.base != GENESIS or self.told.get(node_id) != accepted):
             raise ReplyError("its upload adds to a history that the server does not have.")
         return report
 
@@ -80,8 +81,7 @@ class Registry:
 
     def absent(self, node_ids: Collection[int]) -> list[str]:
         """Return the clients that are known, and are none of these nodes."""
-        present = self.names(node_ids).values()
-        return sorted({*self.accepted, *self._node_ids} - set(present))
+        return sorted({*self.accepted, *self._node_ids} - set(self.names(node_ids).values()))
 
     def introduce(self, reply: Message) -> None:
         """Take note of which client a node is, and of what it holds; raises ReplyError as `read_version`."""

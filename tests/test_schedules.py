@@ -3,12 +3,13 @@
 import pytest
 
 from benchmarks.schedules import main, play_all
-from fedkit.clients import AquilaMod
+from fedkit.clients import AquilaMod, ErrorFeedbackMod
 from fedkit.codec.wire import decode
+from fedkit.faults import Event, Faults
 from fedkit.limits import Limits
 from fedkit.memory import ClientMemory, chain
 from fedkit.rounds import RoundGrid
-from fedkit.strategies import Aquila
+from fedkit.strategies import Aquila, ErrorFeedback
 from tests.helpers.grid import InProcessGrid, VirtualTime
 from tests.helpers.quadratic import client_app, initial, targets
 from tests.helpers.schedules.plan import draw
@@ -54,6 +55,25 @@ def test_an_evaluation_with_too_few_nodes_does_not_end_the_run_in_the_first_roun
     wrapped = RoundGrid(grid, limits=Limits(below_quorum="keep"), clock=VirtualTime())
     result = strategy.start(wrapped, initial(), num_rounds=2)
     assert list(result.train_metrics_clientapp) == [1]
+
+
+def test_what_error_feedback_sent_again_does_not_count_twice(tmp_path):
+    """A client is late, restarts as another node, and sends again what it cannot know to be on its way."""
+    grid = InProcessGrid([client_app([ErrorFeedbackMod()], target) for target in targets(2)])
+    grid.contexts[1000].node_config["state-dir"] = str(tmp_path)
+
+    def restart(server_round, _):
+        if server_round == 1:
+            grid.apps[2000], grid.contexts[2000] = grid.apps.pop(1000), grid.contexts.pop(1000)
+
+    delays = [Event(1, "0", delay=10), Event(2, "0", delay=20), Event(2, "1", delay=12), Event(3, "1", delay=15)]
+    limits = Limits(quorum=0.5, grace=0.0, deadline=60.0)
+    wrapped = RoundGrid(grid, limits=limits, faults=Faults(events=tuple(delays)), clock=VirtualTime())
+    strategy = ErrorFeedback(fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1)
+    strategy.start(wrapped, initial(), num_rounds=3, evaluate_fn=restart)
+    totals = [wrapped.ledger.round_totals(k) for k in (1, 2, 3)]
+    assert [t["late"] for t in totals] == [0, 1, 1]
+    assert [t["rejected"] for t in totals] == [0, 0, 1]
 
 
 @pytest.mark.slow

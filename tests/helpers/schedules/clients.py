@@ -106,6 +106,7 @@ class Clients:
     def trains(self, held: Held, message: Message, local: Mapping[str, Vector], frame: bytes | None) -> Held:
         """Return what a client remembers after training that ended at `local`, of which it sends `frame`."""
         if self.scheme == "safari":
+            self.histories[chain(GENESIS, frame or b"")] = (frame or b"",)
             return held
         settled = self.settles(held, read_instructions(message).accepted)
         if frame is not None:

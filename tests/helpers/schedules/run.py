@@ -97,6 +97,8 @@ class Watched(RoundGrid):
             train = meta.message_type == MessageType.TRAIN and not read_instructions(message).introduce
             self.ways[message_id] = Way(meta.dst_node_id, train, expires)
             self.mine.add(message_id)
+            accepted = read_instructions(message).accepted
+            self.server.told[meta.dst_node_id] = self.server.clients.histories[accepted]
 
     def pulled(self, replies: list[Message]) -> None:
         """Sort replies: each counts once, in its round or late."""

@@ -55,9 +55,10 @@ class Server:
     clients: Clients
     now: Known = field(default_factory=Known)
     saved: Known | None = None
-    client_of: dict[int, str] = field(default_factory=dict)  # by node; known to this life alone, as the next two
+    client_of: dict[int, str] = field(default_factory=dict)  # by node; known to this life alone, as all below
     node_of: dict[str, int] = field(default_factory=dict)
     unanswered: set[int] = field(default_factory=set)
+    told: dict[int, History] = field(default_factory=dict)  # what each node was told last
     cohort: list[int] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)  # of the nodes in `cohort`, when they were asked
 
@@ -69,6 +70,7 @@ class Server:
         """Go back to the checkpoint."""
         self.now = deepcopy(self.saved) if self.saved is not None else Known()
         self.client_of, self.node_of, self.unanswered, self.cohort, self.names = {}, {}, set(), [], {}
+        self.told = {}
 
     def meet(self, node_id: int, client: str) -> None:
         """Take note of which client a node is."""
@@ -101,6 +103,8 @@ class Server:
                 except CodecError:
                     continue
             self.meet(reply.metadata.src_node_id, one.client)
+            if self.plan.scheme == "safari" and one.frame is not None:
+                self.now.histories[one.client] = (one.frame,)
             accepted.append(one)
         self.now.trained.append(server_round)
         return {"aquila": self.lazy, "error-feedback": self.mean, "safari": self.owners}[self.plan.scheme](
@@ -119,8 +123,9 @@ class Server:
             base = self.clients.histories[report.base]
             if (owner != node_id and owner in asked) or client in found:
                 continue
-            if base and base != self.now.histories.get(client):
-                continue
+            known = self.now.histories.get(client, ())
+            if base != known and (base or self.told[node_id] != known):
+                continue  # it knows another history, or starts anew since it was told one that is outdated
             weight = float(reply.content["fedkit"]["metrics/num-examples"])  # type: ignore[index, arg-type]
             frame = None if report.skipped else read_frame(reply.content)
             found[client] = reply, Accepted(client, weight, frame, base)
