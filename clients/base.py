@@ -16,7 +16,7 @@ from fedkit.broadcast import held_version, receive
 from fedkit.config import Scalar
 from fedkit.errors import FedkitError
 from fedkit.flower import ClientAppCallable, refusal
-from fedkit.memory import GENESIS
+from fedkit.memory import GENESIS, rewind
 from fedkit.message import (
     Instructions,
     Report,
@@ -66,6 +66,7 @@ class UpdateMod(ABC):
     """
 
     scheme: ClassVar[str]
+    rewinds: ClassVar[bool] = False  # whether a lost upload, too, leaves traces in the scheme's state
 
     def prepare(self, job: Job) -> NamedArrays:
         """Return the arrays that the app gets; here those that were sent."""
@@ -91,6 +92,8 @@ class UpdateMod(ABC):
                 return _introduction(message, Report(client_id(context), GENESIS, True, held_version(state)))
             parcel = read_parcel(message.content)
             sent = receive(parcel, state)
+            if self.rewinds and message.metadata.message_type == MessageType.TRAIN:
+                rewind(state, self.scheme, instructions.server_round)
             where.save(state)  # before any training: a disk that is full or read-only must not cost it
             job = Job(client_id(context), sent, parcel.version, instructions, state)
             given = self.prepare(job)

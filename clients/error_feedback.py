@@ -28,6 +28,7 @@ class ErrorFeedbackMod(UpdateMod):
     """Turns the reply into a coded update. The server needs `fedkit.strategies.ErrorFeedback`."""
 
     scheme: ClassVar[str] = "error-feedback"
+    rewinds: ClassVar[bool] = True
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
         """Return the update, with what was not sent before, as a frame."""

@@ -34,6 +34,7 @@ class SafariMod(UpdateMod):
     """Turns the reply into a sparse update. The server needs `fedkit.strategies.Safari`."""
 
     scheme: ClassVar[str] = "safari"
+    rewinds: ClassVar[bool] = True
 
     def prepare(self, job: Job) -> NamedArrays:
         """Return what was sent, under the mask if models are sparse."""

@@ -31,7 +31,7 @@ class RunConfig:
     seed: int = 0
     drop: float = 0.0  # probability that a reply is lost, for experiments
     faults: str = ""  # what else goes wrong, for experiments: the JSON of a `fedkit.faults.Faults`
-    run_dir: str = ""  # where the server writes rounds.jsonl and the model; empty: nowhere
+    run_dir: str = ""  # where the server writes rounds.jsonl, its checkpoint and the model; empty: nowhere
 
     def __post_init__(self) -> None:
         if self.num_rounds < 1:

@@ -1,7 +1,7 @@
 """Files that outlive a crash.
 
-An archive, named arrays in numpy's own format, is replaced in one step: it is there whole or not at all. Lines of
-JSON are appended; what was not finished is cut off when the file is taken up again.
+An archive, named arrays in numpy's own format, and a JSON value are replaced in one step: they are there whole or
+not at all. Lines of JSON are appended; what was not finished is cut off when the file is taken up again.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,20 +28,20 @@ def write_archive(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     StateError
         If the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise StateError(f"cannot write {path} ({error}). Free the disk, or choose another folder.") from None
+    with _replacing(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON value, for people to read too; until all of it is on the disk, the former file stays.
+
+    Raises
+    ------
+    StateError
+        If the disk is full, or the folder cannot be written.
+    """
+    with _replacing(path) as file:
+        file.write(f"{json.dumps(value, indent=2)}\n".encode())
 
 
 def read_archive(path: Path) -> dict[str, NDArray[Any]] | None:
@@ -72,6 +73,23 @@ def append_lines(path: Path, lines: Iterable[Mapping[str, Any]], *, anew: bool =
         raise StateError(f"cannot write {path} ({error}). Free the disk, or choose another folder.") from None
 
 
+def put_line(path: Path, line: Mapping[str, Any], *, key: str) -> None:
+    """Append a line of JSON, in place of those whose `key` is not below its own, and of one that is not whole.
+
+    Raises
+    ------
+    StateError
+        If the disk is full, or the folder cannot be written; what was there is still there then.
+    """
+    known, text = read_lines(path), path.read_bytes()
+    former = [old for old in known if old[key] < line[key]]
+    if len(former) == len(known) and (not text or text.endswith(b"\n")):
+        append_lines(path, [line])
+        return
+    with _replacing(path) as file:
+        file.writelines(f"{json.dumps(each)}\n".encode() for each in (*former, line))
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a file, but for one at the end that is not whole."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
@@ -92,6 +110,25 @@ def take_up(path: Path, size: int) -> list[dict[str, Any]]:
         return read_lines(path)
     except (OSError, ValueError) as error:
         raise StateError(f"cannot take up {path} ({error}).") from None
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file that takes the place of `path`, once all of it is on the disk. Raises StateError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise StateError(f"cannot write {path} ({error}). Free the disk, or choose another folder.") from None
 
 
 def _sync_folder(folder: Path) -> None:

@@ -72,17 +72,17 @@ NODES = "num-supernodes={} client-resources-num-cpus=1"  # --federation-config
 class SuperLink:
     """A SuperLink in simulation mode that lives as long as the `with` block.
 
-    Its output, and that of all it starts, goes to the file `log`. Entering raises LaunchError if it does
-    not answer in time.
+    Its output, and that of all it starts, goes to the file `log`; all it starts has `settings` in its environment.
+    Entering raises LaunchError if it does not answer in time.
     """
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    def __init__(self, log: Path, settings: Mapping[str, str] | None = None) -> None:
+        self.log, self.settings = log, dict(settings or {})
 
     def __enter__(self) -> SuperLink:
         # Not in TMPDIR, which may be long: Ray puts Unix sockets there, whose paths end at 103 bytes.
         self.home = Path(tempfile.mkdtemp(prefix="fedkit-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
-        self.environment, self.port = flower_environment(self.home), free_port()
+        self.environment, self.port = flower_environment(self.home) | self.settings, free_port()
         (self.home / "config.toml").write_text(CONNECTION.format(port=self.port))
         try:
             self.process = self._start("flower-superlink", *superlink_arguments(self.port), output=self.log)

@@ -39,7 +39,7 @@ from typing import Final, Literal, TypeAlias
 from flwr.app import ArrayRecord, MetricRecord
 
 from fedkit.errors import ConfigError, StateError
-from fedkit.files import append_lines, read_lines, take_up
+from fedkit.files import append_lines, put_line, take_up
 from fedkit.sockets import Traffic
 
 Direction: TypeAlias = Literal["uplink", "downlink"]
@@ -192,7 +192,8 @@ class Ledger:
 
         A line of the first is a round: the metrics, `round_totals`, ``fp32-bytes`` (the arrays in float32, once
         for every client asked) and ``seconds`` since the ledger was made. A line of the second is a message.
-        A round that is run again, after a resumption, replaces its line. With an empty `to`, nothing is written.
+        A round that is run again, after a resumption, replaces its line and all later ones. With an empty `to`,
+        nothing is written.
 
         Raises
         ------
@@ -220,11 +221,7 @@ class Ledger:
                 "seconds": round(self.seconds, 3),
             }
             self.journal(folder / JOURNAL)
-            known = read_lines(folder / ROUNDS)
-            former = [old for old in known if old["round"] < server_round]
-            if len(former) < len(known):
-                append_lines(folder / ROUNDS, former, anew=True)
-            append_lines(folder / ROUNDS, [line])
+            put_line(folder / ROUNDS, line, key="round")
             return metrics
 
         return evaluate

@@ -16,6 +16,9 @@ A digest is a running hash of the accepted frames, so that it costs the same how
 frames at all is `GENESIS`. A client that forgot codes its next upload against zeros and says so by naming
 `GENESIS` as its base; the server then replaces what it had. That is the very message a new client sends, so
 no separate resynchronisation exists that could go wrong.
+
+A server that crashed runs its last round again. What a client keeps although its upload was lost (`Residual`) has
+that round in it then, which must not count twice: see `rewind`.
 """
 
 from __future__ import annotations
@@ -32,11 +35,27 @@ from fedkit.errors import CodecError
 logger = logging.getLogger(__name__)
 
 GENESIS: Final = bytes(16)  # the digest of a memory that nothing was added to
+_BEGUN: Final = "begun"  # in the state: the round that began last
 
 
 def chain(digest: bytes, frame: bytes) -> bytes:
     """Return the digest of a memory after `frame` was added to it, 16 bytes."""
     return hashlib.blake2b(digest + frame, digest_size=16).digest()
+
+
+def rewind(state: MutableMapping[str, bytes], scheme: str, server_round: int) -> None:
+    """Let a round begin with what `scheme` remembered when the same round began before, if it did.
+
+    Its entries are those of `state` whose names begin with the scheme's; they are copied as a round begins.
+    """
+    own, before, now = f"{scheme}.", f"before.{scheme}.", server_round.to_bytes(8, "big")
+    again = state.get(_BEGUN) == now
+    source, target = (before, own) if again else (own, before)
+    for name in [name for name in state if name.startswith(target)]:
+        del state[name]
+    for name in [name for name in state if name.startswith(source)]:
+        state[target + name.removeprefix(source)] = state[name]
+    state[_BEGUN] = now
 
 
 class ClientMemory:

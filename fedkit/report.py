@@ -48,20 +48,31 @@ def read_rounds(path: Path) -> list[Row]:
 
 
 class RoundsFollower:
-    """Calls `on_round` once for each round that a server appends to `path`."""
+    """Calls `on_round` once for each round that a server records in `path` from now on, or records anew."""
 
     def __init__(self, path: Path, on_round: Callable[[Row], None]) -> None:
         self.path, self.on_round = path, on_round
-        self.size = self.reported = 0
+        self._state = self._stat()
+        self._seen = {row["round"]: row for row in read_rounds(path)}
 
     def report(self) -> None:
         """Report the rounds recorded since the last call."""
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size != self.size:
-            self.size, rows = size, read_rounds(self.path)
-            for row in rows[self.reported :]:
+        state = self._stat()
+        if state == self._state:
+            return
+        self._state = state
+        for row in read_rounds(self.path):
+            if self._seen.get(row["round"]) != row:
+                self._seen[row["round"]] = row
                 self.on_round(row)
-            self.reported = len(rows)
+
+    def _stat(self) -> tuple[int, ...]:
+        """Return what differs once the file was written: a round that is run again may be as long as before."""
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            return ()
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def log_tail(log: Path, num_lines: int = 30) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from flwr.serverapp.strategy import FedAvg, Strategy
 
@@ -30,13 +30,17 @@ STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
 def build(config: RunConfig) -> Strategy:
     """Return the strategy that a run config names, for all its clients, evaluated on the server alone.
 
+    With a `run_dir` it saves itself there after each round, and `start` takes up what it finds; not so Flower's
+    FedAvg, which cannot be resumed and starts again.
+
     Raises
     ------
     ConfigError
         For an unknown name, with the nearest known one.
     """
     check_keys([config.strategy], STRATEGIES, what="strategy")
-    everybody = config.num_clients
-    return STRATEGIES[config.strategy](
-        fraction_evaluate=0.0, min_train_nodes=everybody, min_available_nodes=everybody
-    )
+    make, everybody = STRATEGIES[config.strategy], config.num_clients
+    options: dict[str, Any] = {"min_train_nodes": everybody, "min_available_nodes": everybody}
+    if make is not FedAvg:
+        options["checkpoint"] = config.run_dir
+    return make(fraction_evaluate=0.0, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -55,6 +55,11 @@ class Downlink:
             return params
         self.broadcast = self.broadcast.advance(params, np.random.default_rng([self.seed, server_round]))
         return self.broadcast.arrays
+
+    @property
+    def versions(self) -> Sequence[bytes]:
+        """The versions that a node can be brought on from, oldest first, and the newest."""
+        return () if self.broadcast is None else self.broadcast.versions
 
     @property
     def typical_bytes(self) -> int:

@@ -64,6 +64,7 @@ class Progress:
             "params": dict(params),
             "downlink": strategy.downlink.remember(),
             "accepted": strategy.registry.accepted,
+            "held": strategy.registry.held(),
             "state": strategy.remember(),
             "ledger": (strategy.ledger.journal(self.folder / JOURNAL), strategy.ledger.seconds),
         }
@@ -95,6 +96,7 @@ class Progress:
         found: NamedArrays = saved["params"]
         strategy.downlink.recall(saved["downlink"], found)
         strategy.registry.accepted = saved["accepted"]
+        strategy.registry.recall(saved.get("held", {}), strategy.downlink.versions)
         strategy.recall(found, saved["state"])
         strategy._params = found
         size, seconds = saved["ledger"]

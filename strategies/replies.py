@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -31,8 +31,19 @@ class Registry:
         self.accepted: dict[str, bytes] = {}  # by client id
         self.told: dict[int, bytes] = {}  # what was accepted from its client, as a node was told last
         self.versions: dict[int, bytes] = {}  # of the arrays that a node said it holds; by node id
+        self._before: dict[str, bytes] = {}  # what clients held when the run was saved that is resumed
+        self._history: Sequence[bytes] = ()  # the versions of then, oldest first
         self._client_ids: dict[int, str] = {}  # by node id; known once a node has answered
         self._node_ids: dict[str, int] = {}  # the other way round, of the node that answered last
+
+    def held(self) -> dict[str, bytes]:
+        """Return the version that each client said it holds, by client id."""
+        now = {name: self.versions[node] for name, node in self._node_ids.items() if node in self.versions}
+        return self._before | now
+
+    def recall(self, held: Mapping[str, bytes], history: Sequence[bytes]) -> None:
+        """Go on from what `held` returned; `history`: the versions of that time, oldest first."""
+        self._before, self._history = dict(held), history
 
     def order(self, node_id: int) -> tuple[str, int]:
         """Return a sort key: by client, since node ids are random."""
@@ -84,11 +95,21 @@ class Registry:
         return sorted({*self.accepted, *self._node_ids} - set(self.names(node_ids).values()))
 
     def introduce(self, reply: Message) -> None:
-        """Take note of which client a node is, and of what it holds; raises ReplyError as `read_version`."""
-        report = self.read_version(reply)
-        self._meet(reply.metadata.src_node_id, report.client_id)
+        """Take note of which client a node is, and of what it holds; raises ReplyError as `read_version`.
+
+        Of a run that is resumed, what it held when the run was saved: what came later, and was not saved, is sent
+        again, so that a resumed run sends what it would have sent without the interruption.
+        """
+        report, node_id = self.read_version(reply), reply.metadata.src_node_id
+        history, name = self._history, report.client_id
+        if report.version in history and name not in self._node_ids:
+            before = self._before.get(name, GENESIS)
+            if before == GENESIS or before in history[: history.index(report.version)]:
+                self.versions[node_id] = before
+        self._meet(node_id, name)
 
     def _meet(self, node_id: int, client_id: str) -> None:
+        self._before.pop(client_id, None)
         self._client_ids[node_id] = client_id
         self._node_ids[client_id] = node_id
 

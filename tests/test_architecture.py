@@ -15,7 +15,7 @@ FOLDERS = {"strategies": "fedkit.strategies", "clients": "fedkit.clients", "fedk
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 LAYERS = [  # each may import from its own layer and from those below
-    {"fedkit.cli", "fedkit.launch", "fedkit.report"},
+    {"fedkit.cli", "fedkit.plan", "fedkit.record", "fedkit.launch", "fedkit.report"},
     {"fedkit.strategies", "fedkit.clients"},
     {"fedkit.rounds", "fedkit.faulty"},
     {"fedkit.broadcast", "fedkit.memory", "fedkit.state", "fedkit.checkpoint", "fedkit.ledger"},

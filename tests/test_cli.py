@@ -11,6 +11,7 @@ import pytest
 from fedkit import cli
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError, LaunchError
+from fedkit.plan import DRIVEN_KEYS, Arm, plan_arms, read_app
 from fedkit.report import Row
 
 TINY_APP = Path(__file__).parent / "fixtures" / "tiny_app"
@@ -20,10 +21,11 @@ class FakeSuperLink:
     """Stands where Flower stands: records what it is asked to run and writes one round."""
 
     configs: list[Mapping[str, Scalar]]
+    settings: Mapping[str, str]
     fails = False
 
-    def __init__(self, log: Path) -> None:
-        FakeSuperLink.configs = []
+    def __init__(self, log: Path, settings: Mapping[str, str]) -> None:
+        FakeSuperLink.configs, FakeSuperLink.settings = [], settings
 
     def __enter__(self) -> FakeSuperLink:
         return self
@@ -51,15 +53,15 @@ def superlink(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSuper
     return FakeSuperLink
 
 
-def plan(*options: str, out: str = "/out") -> list[cli.Arm]:
+def plan(*options: str, out: str = "/out") -> list[Arm]:
     """Return the arms that these options stand for."""
     arguments = cli.build_parser().parse_args(["run", str(TINY_APP), *options])
-    return cli.plan_arms(arguments, cli.read_app(TINY_APP)[1], Path(out))
+    return plan_arms(arguments, read_app(TINY_APP)[1], Path(out))
 
 
 def test_without_options_the_app_runs_once_as_it_is() -> None:
     (arm,) = plan()
-    defaults = cli.read_app(TINY_APP)[1]
+    defaults = read_app(TINY_APP)[1]
     assert arm.config == defaults | {"run-dir": "/out/fedavg-seed0"}
 
 
@@ -113,14 +115,14 @@ def test_what_is_no_app_is_refused(tmp_path: Path, text: str | None, message: st
     if text is not None:
         (tmp_path / "pyproject.toml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        cli.read_app(tmp_path)
+        read_app(tmp_path)
 
 
 def test_nested_tables_have_dotted_keys(tmp_path: Path) -> None:
-    keys = "".join(f"{key} = 1\n" for key in cli.DRIVEN_KEYS)
+    keys = "".join(f"{key} = 1\n" for key in DRIVEN_KEYS)
     text = f"project.name = 'x'\n[tool.flwr.app.config]\n{keys}[tool.flwr.app.config.lora]\nr = 4\n"
     (tmp_path / "pyproject.toml").write_text(text)
-    assert cli.read_app(tmp_path)[1]["lora.r"] == 4
+    assert read_app(tmp_path)[1]["lora.r"] == 4
 
 
 def test_a_run_leaves_its_records(superlink: type[FakeSuperLink], tmp_path: Path) -> None:
@@ -130,6 +132,7 @@ def test_a_run_leaves_its_records(superlink: type[FakeSuperLink], tmp_path: Path
     assert record["run-config"] == superlink.configs[1]
     assert record["versions"].keys() == {"fedkit", "flwr", "python"}
     assert record["started"] <= record["finished"]
+    assert superlink.settings["FEDKIT_STATE_DIR"] == str(tmp_path / "out/clients")
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["strategies"]["fedavg"]["times-less-uplink-than-aquila-published"] == 1
 
@@ -156,6 +159,6 @@ def test_a_failed_run_ends_the_command_with_1(
 ) -> None:
     monkeypatch.setattr(FakeSuperLink, "fails", True)
     assert cli.main(["run", str(TINY_APP), "--seeds", "2", "--out", "out"]) == 1
-    assert capsys.readouterr().err == "fedkit: it broke\n"
+    assert capsys.readouterr().err == "fedkit: it broke\nTake it up with: fedkit resume out\n"
     assert json.loads((tmp_path / "out/fedavg-seed0/run.json").read_text())["status"] == "failed"
     assert not (tmp_path / "out/fedavg-seed1").exists()

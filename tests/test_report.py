@@ -71,6 +71,17 @@ def test_the_follower_reports_each_round_once(tmp_path: Path) -> None:
     assert seen == [0, 1, 2]
 
 
+def test_the_follower_reports_what_is_recorded_from_now_on_or_anew(tmp_path: Path) -> None:
+    seen: list[Row] = []
+    path = write(tmp_path / "rounds.jsonl", '{"round": 0}', '{"round": 1, "loss": 5}')
+    follower = report.RoundsFollower(path, seen.append)
+    follower.report()
+    assert seen == []
+    write(tmp_path / "other", '{"round": 0}', '{"round": 1, "loss": 4}').replace(path)  # as long as before
+    follower.report()
+    assert seen == [{"round": 1, "loss": 4}]
+
+
 def test_final_accuracy_is_the_mean_of_the_last_three_without_round_0() -> None:
     assert report.final_accuracy(rounds([0.2, 0.5, 0.6, 0.7])) == pytest.approx(0.6)
     assert report.final_accuracy(rounds([0.4])) == pytest.approx(0.4)

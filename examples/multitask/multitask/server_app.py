@@ -13,7 +13,6 @@ from fedkit.aggregation.slots import join_slots, split_clusters, split_slots
 from fedkit.arrays import NamedArrays
 from fedkit.clients.adapters import get_adapter, set_adapter
 from fedkit.config import parse
-from fedkit.faults import Faults
 from fedkit.message import from_arrays, to_arrays
 from fedkit.rounds import RoundGrid
 from fedkit.strategies import Tac, build
@@ -41,6 +40,7 @@ def build_strategy(config: task.Config) -> Strategy:
     strategy = Tac(
         num_clusters=len(task.TASKS),
         distinct=config.clustering == "distinct",
+        checkpoint=config.run_dir,
         fraction_evaluate=0.0,
         min_train_nodes=everybody,
         min_available_nodes=everybody,
@@ -75,7 +75,7 @@ def main(grid: Grid, context: Context) -> None:
             metrics["cluster-accuracy"] = cluster_accuracy(strategy.state.assignment, truth)
         return MetricRecord(metrics)
 
-    rounds = RoundGrid(grid, faults=Faults(drop=config.drop, seed=config.seed))
+    rounds = RoundGrid(grid, faults=config.schedule())
     result = strategy.start(
         grid=rounds,
         initial_arrays=from_arrays(initial if isinstance(strategy, Tac) else join_slots([initial])),

@@ -1,0 +1,190 @@
+"""What a `fedkit run` is to do: its arms, planned from the command line, and kept in `plan.json` to be resumed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, Self
+
+from fedkit.config import RunConfig, Scalar, as_type, check_keys, parse, parse_overrides
+from fedkit.errors import ConfigError
+from fedkit.files import write_json
+from fedkit.strategies import STRATEGIES
+
+NAME: Final = "plan.json"
+DRIVEN_KEYS = ("run-dir", "strategy", "seed", "num-rounds", "num-clients")  # what `fedkit run` sets or reads
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of the app, with its full run config."""
+
+    config: Mapping[str, Scalar]
+
+    @property
+    def strategy(self) -> str:
+        """The strategy's name."""
+        return str(self.config["strategy"])
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything about this arm goes."""
+        return Path(str(self.config["run-dir"]))
+
+    @property
+    def title(self) -> str:
+        """How this arm is called in what the user reads."""
+        return f"{self.strategy}, seed {self.config['seed']}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that one command runs, in one folder."""
+
+    folder: Path
+    app: str
+    app_dir: Path
+    compare: str | None  # the strategy that the others are compared with
+    arms: list[Arm]
+    fedkit: str = version("fedkit")  # that began it
+
+    def save(self) -> None:
+        """Write it into its folder; raises StateError."""
+        arms = [
+            {"name": arm.run_dir.name, "run-config": {k: v for k, v in arm.config.items() if k != "run-dir"}}
+            for arm in self.arms
+        ]  # without the folder, which may be moved
+        plan = {"fedkit": self.fedkit, "app": self.app, "app-dir": str(self.app_dir), "compare": self.compare}
+        write_json(self.folder / NAME, plan | {"arms": arms})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Return the plan that is kept in a folder.
+
+        Raises
+        ------
+        ConfigError
+            If there is none, or it cannot be read.
+        """
+        folder = folder.resolve()
+        path = folder / NAME
+        try:
+            plan = json.loads(path.read_text(encoding="utf-8"))
+            arms = [Arm({**arm["run-config"], "run-dir": str(folder / arm["name"])}) for arm in plan["arms"]]
+            return cls(folder, plan["app"], Path(plan["app-dir"]), plan["compare"], arms, plan["fedkit"])
+        except OSError:
+            raise ConfigError(f"{folder}: expected the folder of a `fedkit run`, got no {NAME} in it.") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path}: expected what `fedkit run` wrote, got {error!r}. Was it damaged?"
+            ) from None
+
+    def check_app(self) -> None:
+        """Check that the app is still what the arms were planned for.
+
+        Raises
+        ------
+        ConfigError
+            If it is gone, or has other keys, or keys of other types.
+        """
+        what = "Put back what was there, or start another run."
+        if not self.app_dir.is_dir():
+            raise ConfigError(f"the app: expected a directory {self.app_dir}, got none. {what}")
+        _, defaults = read_app(self.app_dir)
+        for arm in self.arms:
+            if others := sorted(defaults.keys() ^ arm.config.keys()):
+                keys = ", ".join(map(repr, others))
+                raise ConfigError(
+                    f"{self.app_dir}: expected the run-config keys that it had when {self.folder} was begun, "
+                    f"got a difference in {keys}. {what}"
+                )
+            for key, value in arm.config.items():
+                as_type(key, value, type(defaults[key]))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other commands out of the folder; the lock ends with the process, however that ends.
+
+        Raises
+        ------
+        ConfigError
+            If another command is at it.
+        """
+        with (self.folder / NAME).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{self.folder}: expected a run that has ended, got one that another command is at. "
+                    "Wait for it, or interrupt it."
+                ) from None
+            yield
+
+
+def read_app(app_dir: Path) -> tuple[str, dict[str, Scalar]]:
+    """Return an app's name and its run config's defaults, nested tables as dotted keys, as Flower has it.
+
+    Raises
+    ------
+    ConfigError
+        If the directory holds no Flower App, or one without the keys that `fedkit run` sets.
+    """
+    path = app_dir / "pyproject.toml"
+    try:
+        project = tomllib.loads(path.read_text(encoding="utf-8"))
+        name, app = str(project["project"]["name"]), project["tool"]["flwr"]["app"]
+    except OSError as error:
+        raise ConfigError(f"expected the directory of a Flower App, got {app_dir} ({error}).") from None
+    except (tomllib.TOMLDecodeError, KeyError) as error:
+        raise ConfigError(f"{path} does not describe a Flower App: {error!r}.") from None
+    defaults = dict(flatten(app.get("config", {})))
+    for key in (key for key in DRIVEN_KEYS if key not in defaults):
+        raise ConfigError(f"{path}: [tool.flwr.app.config] lacks {key!r}, which `fedkit run` drives. Add it.")
+    return name, defaults
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Scalar]]:
+    """Yield the values of nested tables under dotted keys."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def plan_arms(arguments: argparse.Namespace, defaults: Mapping[str, Scalar], out: Path) -> list[Arm]:
+    """Return the arms, strategy by strategy, with checked run configs.
+
+    Raises
+    ------
+    ConfigError
+        For a key that the app does not have, or a value of another type or out of range.
+    """
+    options = {"strategy": arguments.strategy, "num-rounds": arguments.rounds, "drop": arguments.drop}
+    given = parse_overrides(arguments.run_config) | {k: v for k, v in options.items() if v is not None}
+    check_keys(given, defaults)
+    if "run-dir" in given:
+        raise ConfigError("run-config key 'run-dir' is set by `fedkit run`. Use --out.")
+    given = {key: as_type(key, value, type(defaults[key])) for key, value in given.items()}
+    if arguments.seeds < 1:
+        raise ConfigError(f"--seeds: expected at least 1, got {arguments.seeds}.")
+    config = {**defaults, **given}
+    common = {field.name.replace("_", "-") for field in dataclasses.fields(RunConfig)}
+    parse(RunConfig, {key: value for key, value in config.items() if key in common})
+    strategies = dict.fromkeys([str(config["strategy"]), *([arguments.compare] if arguments.compare else [])])
+    if defaults["strategy"] in STRATEGIES:  # else the app has names of its own
+        check_keys(strategies, STRATEGIES, what="strategy")
+    seeds = range(int(config["seed"]), int(config["seed"]) + arguments.seeds)
+    return [
+        Arm({**config, "strategy": name, "seed": seed, "run-dir": str(out / f"{name}-seed{seed}")})
+        for name in strategies
+        for seed in seeds
+    ]

@@ -1,0 +1,96 @@
+"""A server that crashes in the middle of a round runs it again, and everything ends as if it had not crashed."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod
+from fedkit.errors import CrashError
+from fedkit.memory import rewind
+from fedkit.message import to_arrays
+from fedkit.rounds import RoundGrid
+from fedkit.state import STATE_DIR
+from fedkit.strategies import Aquila, ErrorFeedback, Safari, Tac
+from tests.helpers.grid import InProcessGrid, VirtualTime
+from tests.helpers.quadratic import client_app, initial, targets
+
+ROUNDS = 5
+SCHEMES = {
+    "aquila": (Aquila, {"beta": 0.3}),
+    "aquila, dense downlink": (Aquila, {"downlink": None}),
+    "aquila, one sum": (Aquila, {"memory": "sum"}),
+    "error-feedback": (ErrorFeedback, {}),
+    "safari": (Safari, {}),
+    "safari, published": (Safari.published, {}),
+    "tac": (Tac, {"num_clusters": 2}),
+}
+
+
+class Crashing:
+    """Tests the model; in one round the server crashes just before it would save itself."""
+
+    def __init__(self, crash_round=None):
+        self.crash_round = crash_round
+
+    def __call__(self, server_round, arrays):
+        if server_round == self.crash_round:
+            raise CrashError("now")
+
+
+def run(scheme, folder, *, nodes, crash_round=None, fraction=1.0):
+    """Run all rounds that are left with new nodes; return the arrays, and the bytes of frames."""
+    make, options = scheme
+    mods = [AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()]
+    grid = InProcessGrid([client_app(mods, target, num_examples=5 + i) for i, target in enumerate(targets(4))])
+    grid.apps = {nodes - i: app for i, app in enumerate(grid.apps.values())}  # with other ids
+    grid.contexts = {nodes - i: context for i, context in enumerate(grid.contexts.values())}
+    strategy = make(
+        **options, checkpoint=folder, fraction_evaluate=0.0, fraction_train=fraction, min_train_nodes=2
+    )
+    rounds = RoundGrid(grid, clock=VirtualTime())
+    evaluate = rounds.ledger.recording(Crashing(crash_round), to=folder)
+    result = strategy.start(rounds, initial(), num_rounds=ROUNDS, evaluate_fn=evaluate)
+    frames = Counter()
+    entries = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    clients = {entry["node-id"]: entry["client"] for entry in entries}
+    for entry in entries:
+        if entry["frame-bytes"]:
+            key = entry["server-round"], clients[entry["node-id"]], entry["direction"]
+            frames[key] += entry["frame-bytes"]
+    return np.concatenate([a.ravel() for a in to_arrays(result.arrays).values()]), frames
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_round_that_is_run_again_leaves_no_trace(name, fraction, tmp_path, monkeypatch):
+    monkeypatch.setenv(STATE_DIR, str(tmp_path / "whole-clients"))
+    params, frames = run(SCHEMES[name], tmp_path / "whole", nodes=1000, fraction=fraction)
+    monkeypatch.setenv(STATE_DIR, str(tmp_path / "clients"))
+    for attempt, crash_round in enumerate((1, 3, 3)):
+        with pytest.raises(CrashError):
+            run(
+                SCHEMES[name],
+                tmp_path / "crashed",
+                nodes=2000 + 10 * attempt,
+                crash_round=crash_round,
+                fraction=fraction,
+            )
+    again, sent = run(SCHEMES[name], tmp_path / "crashed", nodes=3000, fraction=fraction)
+    np.testing.assert_array_equal(again, params)
+    assert sent == frames
+    rows = [json.loads(line) for line in (tmp_path / "crashed/rounds.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == list(range(ROUNDS + 1))
+
+
+def test_only_a_round_that_begins_again_is_rewound():
+    state = {"x.residual": b"0", "y.other": b"-"}
+    rewind(state, "x", 1)
+    state |= {"x.residual": b"1", "x.new": b"+"}
+    rewind(state, "x", 1)
+    assert (state["x.residual"], "x.new" in state) == (b"0", False)
+    state["x.residual"] = b"1"
+    rewind(state, "x", 2)
+    assert state["x.residual"] == b"1"
+    assert state["y.other"] == b"-"
