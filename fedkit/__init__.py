@@ -17,13 +17,13 @@ Principles, in order of weight
    out. torch lives under `fedkit.clients` alone; what differs between Flower's versions in `fedkit.flower`.
 2. One scheme is one pair: `strategies/aquila.py` and `clients/aquila.py` are two halves of one protocol.
 3. The server decides, the message carries, the client obeys: mods take no options.
-4. State is explicit: a codec or an aggregation hides none, and a client trusts what it remembers only once the
-   server acknowledged it.
+4. State is explicit: a codec or an aggregation hides none, a client trusts what it remembers only once the server
+   acknowledged it, and what must outlive a process is on the disk before anybody hears of it.
 5. Bytes are real: every size reported is that of what was sent.
 6. Quantizing, masking, compensating and clustering are independent choices.
 
-Imports go one way: examples → cli, launch → strategies, clients → rounds, broadcast, memory, ledger, message →
-flower, sockets, config → codec, aggregation, faults → arrays, errors.
+Imports go one way: examples → cli, launch → strategies, clients → rounds → broadcast, memory, state, checkpoint,
+ledger → message → flower, sockets, config, limits, files → codec, aggregation, faults → arrays, errors.
 """
 
 __version__ = "0.1.0"
