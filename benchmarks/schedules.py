@@ -132,7 +132,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.full:
         tally = play_all(range(FULL), options.seconds)
     else:
+        said: set[int] = set()
         for tally in play_full(Path(options.out, "schedules.jsonl"), options.count, options.processes):
+            for seed in sorted(tally.failures.keys() - said):
+                print(f"--seed {seed}: {tally.failures[seed]}", file=sys.stderr, flush=True)
+            said |= tally.failures.keys()
             if tally.schedules % (25 * BLOCK) == 0:
                 print(f"{tally.schedules:,} schedules, {len(tally.failures)} failures", flush=True)
     report(tally)
