@@ -28,7 +28,7 @@ from fedkit.codec.entropy_constrained import EntropyConstrained
 from fedkit.codec.protocol import Quantizer
 from fedkit.flower import Mod, task_identity
 from fedkit.message import from_arrays, to_arrays
-from fedkit.strategies import Aquila, ErrorFeedback
+from fedkit.strategies import Aquila, ErrorFeedback, UpdateStrategy
 
 Update = dict[str, NDArray[np.float32]]
 FEDAVG, SUM = "Flower FedAvg, dense float32", "numpy sum of the vectors"
@@ -135,6 +135,8 @@ def _sum(vectors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 
 def _aggregate(strategy: FedAvg, replies: Sequence[Message]) -> ArrayRecord:
+    if isinstance(strategy, UpdateStrategy):
+        strategy.registry.accepted = {}  # else uploads that were accepted before are refused
     arrays, _ = strategy.aggregate_train(1, replies)
     if arrays is None:
         raise RuntimeError("the strategy refused all replies.")

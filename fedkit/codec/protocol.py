@@ -88,10 +88,10 @@ def join(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
 def tame(parts: Sequence[NDArray[np.float32]]) -> tuple[Sequence[NDArray[np.float32]], int]:
     """Return the parts times ``2**-power``, and the power: such that no sum or square of float32 is lost.
 
-    The power is 0, and nothing is copied, unless the largest value is below 1e-20 or above 1e20.
+    The power is 0, and nothing is copied, unless the largest value is below 1e-15 or above 1e15.
     """
     peak = max((float(max(part.max(), -part.min())) for part in parts if part.size), default=0.0)
-    if peak == 0 or 1e-20 < peak < 1e20:
+    if peak == 0 or 1e-15 < peak < 1e15:
         return parts, 0
     power = math.frexp(peak)[1]
     return [np.ldexp(part, -power) for part in parts], power
