@@ -93,7 +93,7 @@ class WatchedGrid(RoundGrid):
                 self.checks += 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), rounds=st.integers(1, 12))
 def test_both_sides_agree_after_every_acknowledgement(data, rounds):
     events = st.sampled_from(["arrive", "arrive", "lose", "forget"])
