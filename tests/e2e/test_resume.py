@@ -138,7 +138,7 @@ def test_an_arm_of_flowers_fedavg_starts_again_and_an_interrupted_one_says_how_t
     tmp_path: Path, mark: str
 ) -> None:
     out = tmp_path / "out"
-    process = begin(out, ["fedavg"])
+    process = begin(out, ["fedavg"], round_seconds=2.0)  # so that it is under way when it is interrupted
     path, deadline = out / ARMS["fedavg"] / "rounds.jsonl", time.monotonic() + 120
     while len(read_rounds(path)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
