@@ -66,8 +66,8 @@ class FaultyGrid(GridWrapper):
         held = {reply.metadata.reply_to_message_id for _, reply in self._held}
         replies = []
         for reply in self.inner.pull_messages([m for m in message_ids if m not in held]):
-            asked = self._asked.pop(reply.metadata.reply_to_message_id)
-            replies += self._judge(asked, reply)
+            asked = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            replies += [reply] if asked is None else self._judge(asked, reply)
         now = self._now()
         replies += [reply for at, reply in self._held if at <= now]
         self._held = [(at, reply) for at, reply in self._held if at > now]

@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -101,10 +101,17 @@ class RoundGrid(GridWrapper):
         Paused ones are among them, if there would be fewer than `at_least` without.
         """
         self._expire()
-        busy = {sent.node_id for sent in self._sent.values()}
+        busy = self._busy()
         idle = [node_id for node_id in node_ids if node_id not in busy]
         rested = [node_id for node_id in idle if self._pauses.over(node_id, server_round)]
         return rested if len(rested) >= at_least else idle
+
+    def owing(self) -> set[int]:
+        """Return the nodes of which a reply may come, or has come, that no round has had yet."""
+        return self._busy() | {reply.metadata.src_node_id for reply in self._late}
+
+    def _busy(self) -> set[int]:
+        return {sent.node_id for sent in self._sent.values()}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send messages and return the replies of the round, and late ones; both are entered in the ledger.
@@ -125,13 +132,14 @@ class RoundGrid(GridWrapper):
             self.ledger.carry(server_round, self.meter.read().since(before))
         if kind != MessageType.TRAIN:
             return replies
-        self._count(server_round, len(messages), replies)
-        good, needed = sum(reply.has_content() for reply in replies), self.limits.needed(len(messages))
-        late, self._late = self._late, []
+        asked, good = len(messages), sum(reply.has_content() for reply in replies)
+        counts = {"rejected": len(replies) - good, "missing": asked - len(replies)}
+        self.ledger.note(server_round, asked=asked, replies=good, **counts)
+        needed, late, self._late = self.limits.needed(asked), self._late, []
         if good + len(late) < needed:
             for reply in (reply for reply in replies if reply.has_error()):
                 logger.warning("node %d: %s", reply.metadata.src_node_id, reply.error.reason)
-            self.limits.refuse(f"Round {server_round}: {good} of {len(messages)} nodes answered, {needed} needed.")
+            self.limits.refuse(f"Round {server_round}: {good} of {asked} nodes answered, {needed} needed.")
             return []
         return [*replies, *late]
 
@@ -144,7 +152,7 @@ class RoundGrid(GridWrapper):
 
     def _send(self, messages: Sequence[Message], server_round: int, kind: str, timeout: float | None) -> set[str]:
         """Send what may be sent; return the ids."""
-        busy = {sent.node_id for sent in self._sent.values()}
+        busy = self._busy()
         messages = [message for message in messages if message.metadata.dst_node_id not in busy]
         seconds, ids = self.limits.deadline or timeout or math.inf, set()
         expires = self.clock.monotonic() + seconds
@@ -240,9 +248,3 @@ class RoundGrid(GridWrapper):
             if reply.has_content():
                 self._learn(reply)
             self._enter(reply, sent.server_round, sent.node_id, "uplink")
-
-    def _count(self, server_round: int, asked: int, replies: Collection[Message]) -> None:
-        errors = sum(reply.has_error() for reply in replies)
-        self.ledger.note(
-            server_round, asked=asked, replies=len(replies) - errors, rejected=errors, missing=asked - len(replies)
-        )

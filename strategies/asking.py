@@ -69,7 +69,7 @@ class Asking(FedAvg):
         return grid
 
     def _sample(
-        self, grid: Grid, server_round: int, fraction: float, minimum: int, *, must: bool = False
+        self, grid: RoundGrid, server_round: int, fraction: float, minimum: int, *, must: bool = False
     ) -> list[int]:
         """Return the nodes to ask, by client id; none, if there are too few and the limits let the model stay.
 
@@ -77,7 +77,6 @@ class Asking(FedAvg):
         """
         if fraction == 0:
             return []
-        grid = self._adopt(grid, self._timeout)
         needed = max(self.min_available_nodes, minimum)
         try:
             node_ids = wait_for_nodes(

@@ -184,7 +184,10 @@ class UpdateStrategy(Asking, Generic[S]):
         if first:
             self.recall(self._params, None)
         must = server_round == 1  # nothing was trained yet that might stay
+        grid = self._adopt(grid, self._timeout)
         node_ids = self._sample(grid, server_round, self.fraction_train, self.min_train_nodes, must=must)
+        owing = grid.owing()
+        self._unanswered = {node_id: sent for node_id, sent in self._unanswered.items() if node_id in owing}
         sent = self.distribute(self._params, node_ids)
         self._cohort = Cohort(server_round, sent, self.registry.names(node_ids))
         return self._messages(MessageType.TRAIN, server_round, config, sent)
@@ -218,7 +221,7 @@ class UpdateStrategy(Asking, Generic[S]):
     ) -> list[Message]:
         """Return one message for each node that is to evaluate the arrays."""
         server_round += self.progress.before
-        params = to_arrays(arrays)
+        params, grid = to_arrays(arrays), self._adopt(grid, self._timeout)
         node_ids = self._sample(grid, server_round, self.fraction_evaluate, self.min_evaluate_nodes)
         return self._messages(
             MessageType.EVALUATE, server_round, config, self.distribute(params, node_ids) if node_ids else {}

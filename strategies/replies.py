@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedkit.aggregation.protocol import Cohort, Upload
 from fedkit.arrays import NamedArrays
-from fedkit.codec.wire import Frame, open_frame
+from fedkit.codec.wire import open_frame
 from fedkit.errors import FedkitError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.memory import GENESIS, chain
@@ -117,11 +117,13 @@ class Registry:
         """Return the clients of those nodes that have answered once."""
         return {node_id: self._client_ids[node_id] for node_id in node_ids if node_id in self._client_ids}
 
-    def accept(self, node_id: int, report: Report, frame: bytes) -> None:
-        """Take note that an upload, or a skip, was accepted."""
+    def accept(self, node_id: int, report: Report, frame: bytes) -> bytes:
+        """Take note that an upload, or a skip, was accepted; return the digest of all that its client has sent."""
         self._meet(node_id, report.client_id)
-        if not report.skipped:
-            self.accepted[report.client_id] = chain(report.base, frame)
+        if report.skipped:
+            return report.base
+        digest = self.accepted[report.client_id] = chain(report.base, frame)
+        return digest
 
 
 class Judged(NamedTuple):
@@ -179,11 +181,21 @@ class Inbox:
             except FedkitError as error:
                 self._refuse(node_id, error)
                 continue
-            self.registry.accept(node_id, report, data)
+            digest = self.registry.accept(node_id, report, data)
             self.ledger.note(self.cohort.server_round, skips=int(report.skipped))
             self.ledger.ideal(node_id, "uplink", frame.ideal_bits() if frame else 0.0)
             contents.append(reply.content)
-            yield upload_of(reply, report, data, frame, arrays, weight)
+            yield Upload(
+                node_id=node_id,
+                client_id=report.client_id,
+                num_examples=weight,
+                arrays=arrays,
+                mask=None if frame is None else frame.mask,
+                fresh=report.base == GENESIS,
+                metrics=metrics_of(reply.content),
+                wire_bytes=len(data),
+                digest=digest,
+            )
 
     def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
         logger.warning("round %d, node %d: reply refused: %s", self.cohort.server_round, node_id, error)
@@ -202,23 +214,6 @@ def metrics_of(content: RecordDict) -> dict[str, float]:
     """Return the scalar metrics of a reply; lists are the business of a metrics function of the user's."""
     metrics = [item for record in records_of(content, MetricRecord) for item in record.items()]
     return {key: float(value) for key, value in metrics if isinstance(value, int | float)}
-
-
-def upload_of(
-    reply: Message, report: Report, data: bytes, frame: Frame | None, arrays: NamedArrays | None, weight: float
-) -> Upload:
-    """Return an accepted reply as the aggregation sees it; of a skip, `data`, `frame` and `arrays` are empty."""
-    return Upload(
-        node_id=reply.metadata.src_node_id,
-        client_id=report.client_id,
-        num_examples=weight,
-        arrays=arrays,
-        mask=None if frame is None else frame.mask,
-        fresh=report.base == GENESIS,
-        metrics=metrics_of(reply.content),
-        wire_bytes=len(data),
-        digest=report.base if report.skipped else chain(report.base, data),
-    )
 
 
 def weight_of(reply: Message, key: str) -> float:
