@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
+from fedkit.adapter import CONFIG_NAME, Adapter
 from fedkit.arrays import NamedArrays, check_same_schema
 
 
@@ -26,6 +30,14 @@ def get_adapter(model: PeftModel) -> dict[str, NDArray[np.float32]]:
         name: value.detach().to(device="cpu", dtype=torch.float32, copy=True).numpy()
         for name, value in state.items()
     }
+
+
+def describe(model: PeftModel) -> Adapter:
+    """Return the active adapter with PEFT's config for it, as a server without torch needs it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, selected_adapters=[model.active_adapter], save_embedding_layers=False)
+        (path,) = Path(folder).rglob(CONFIG_NAME)
+        return Adapter(get_adapter(model), path.read_text(encoding="utf-8"))
 
 
 def set_adapter(model: PeftModel, arrays: NamedArrays) -> None:

@@ -1,8 +1,9 @@
 """The `fedkit` command.
 
-`fedkit run APP_DIR` runs a Flower App in simulation, once per strategy and seed, one *arm* after the
-other on one SuperLink, and compares them. Every arm leaves a directory with `run.json` (what was asked),
-`rounds.jsonl` (what happened) and `flower.log`. `fedkit resume RUN` takes up what was interrupted.
+`fedkit run APP_DIR` runs a Flower App, once per strategy and seed, one *arm* after the other, and compares them:
+in simulation, or with `--superlink NAME` at a SuperLink that Flower's config names. Every arm leaves a directory
+with `run.json` (what was asked), `rounds.jsonl` (what happened) and `flower.log`. `fedkit resume RUN` takes up
+what was interrupted.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from fedkit.errors import ConfigError, FedkitError
 from fedkit.files import write_json
-from fedkit.launch import SuperLink, end_processes
+from fedkit.launch import SuperLink
 from fedkit.ledger import ROUNDS
 from fedkit.plan import Arm, Plan, plan_arms, read_app
+from fedkit.processes import end_processes
 from fedkit.record import completed, recorded
 from fedkit.report import Row, news, read_rounds, round_table, summarise, summary_table, totals_line
 from fedkit.state import STATE_DIR
+from fedkit.submit import Connection
 
 RUN_MARK = "FEDKIT_RUN"  # in the environment of all that a command starts: the folder
 
@@ -44,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(str(error), error)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt as error:
-        complain("interrupted; everything that was started is stopped.", error)
+        complain("interrupted.", error)
         return 130
     except SystemExit as error:
-        complain("terminated; everything that was started is stopped.", error)
+        complain("terminated.", error)
         raise
     return 0
 
@@ -62,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fedkit", description="Federated fine-tuning with Flower.")
     parser.add_argument("--version", action="version", version=f"fedkit {version('fedkit')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("run", help="run a Flower App in simulation and compare strategies")
+    command = commands.add_parser("run", help="run a Flower App, in simulation or at a SuperLink, and compare")
     command.set_defaults(command=run)
     command.add_argument("app_dir", type=Path, metavar="APP_DIR", help="directory with the app's pyproject.toml")
     command.add_argument("--strategy", metavar="NAME", help="run-config key `strategy`")
@@ -71,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--drop", type=float, metavar="P", help="probability that a reply is lost")
     command.add_argument("--rounds", type=int, metavar="N", help="run-config key `num-rounds`")
     command.add_argument("--run-config", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    command.add_argument("--superlink", metavar="NAME", help="one of Flower's config; default: simulation here")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: fedkit-runs/APP-TIME")
     command = commands.add_parser("resume", help="take up a `fedkit run` that did not get to its end")
     command.set_defaults(command=resume)
@@ -88,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     arms = plan_arms(arguments, defaults, out.resolve())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: expected a new or an empty directory, got {out}. Choose another one.")
-    plan = Plan(out.resolve(), app, arguments.app_dir.resolve(), arguments.compare, arms)
+    plan = Plan(out.resolve(), app, arguments.app_dir.resolve(), arguments.compare, arms, arguments.superlink)
     plan.save()
     with plan.locked():
         carry_out(plan, plan.arms, out)
@@ -121,7 +125,10 @@ def carry_out(plan: Plan, arms: Sequence[Arm], out: Path) -> None:
     for arm in (arm for arm in arms if arm not in left):
         show(console, arm)
     if left:
-        console.print(f"Starting Flower. Everything goes to {out}/", soft_wrap=True)
+        begin = (
+            "Starting Flower." if plan.superlink is None else f"Submitting to the SuperLink {plan.superlink!r}."
+        )
+        console.print(f"{begin} Everything goes to {out}/", soft_wrap=True)
         with resumable(out):
             run_arms(console, plan, left)
     else:
@@ -139,12 +146,19 @@ def carry_out(plan: Plan, arms: Sequence[Arm], out: Path) -> None:
 
 def run_arms(console: Console, plan: Plan, arms: Sequence[Arm]) -> None:
     """Run the arms, one after the other; raises LaunchError for the first that fails."""
-    settings = {STATE_DIR: str(plan.folder / "clients"), RUN_MARK: str(plan.folder)}
-    with SuperLink(plan.folder / "superlink.log", settings) as superlink:
+    with superlink_of(plan) as superlink:
         for arm in arms:
             with recorded(arm, plan.app, plan.app_dir), live_display(console, arm) as on_round:
                 superlink.run(plan.app_dir, arm.config, arm.run_dir, on_round)
             show(console, arm)
+
+
+def superlink_of(plan: Plan) -> Connection:
+    """Return where a plan's arms run."""
+    if plan.superlink:
+        return Connection(plan.superlink)
+    settings = {STATE_DIR: str(plan.folder / "clients"), RUN_MARK: str(plan.folder)}
+    return SuperLink(plan.folder / "superlink.log", settings)
 
 
 @contextmanager
@@ -172,7 +186,7 @@ def live_display(console: Console, arm: Arm) -> Iterator[Callable[[Row], None]]:
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[news]}")
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
         done = rows[-1]["round"] if rows else 0
-        task = progress.add_task(arm.title, total=num_rounds, completed=done, news="starting Ray")
+        task = progress.add_task(arm.title, total=num_rounds, completed=done, news="starting")
 
         def on_round(row: Row) -> None:
             rows[:] = [*(old for old in rows if old["round"] < row["round"]), row]

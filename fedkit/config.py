@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, get_type_hints
+from pathlib import Path
+from typing import Any, Final, TypeAlias, TypeVar, get_type_hints
 
 from fedkit.errors import ConfigError
 from fedkit.faults import Faults
+from fedkit.limits import Limits
 
+RUNS_DIR: Final = "FEDKIT_RUNS_DIR"
 Scalar: TypeAlias = bool | int | float | str
 
 T = TypeVar("T", bound="RunConfig")
@@ -30,8 +34,11 @@ class RunConfig:
     num_clients: int = 10  # nodes in simulation; elsewhere how many the server waits for
     seed: int = 0
     drop: float = 0.0  # probability that a reply is lost, for experiments
+    quorum: float = 0.0  # of a round, with `grace` and `deadline`: see `fedkit.limits.Limits`
+    grace: float = -1.0  # seconds; below 0: until the deadline
+    deadline: float = 0.0  # seconds; 0: Flower's hour
     faults: str = ""  # what else goes wrong, for experiments: the JSON of a `fedkit.faults.Faults`
-    run_dir: str = ""  # where the server writes rounds.jsonl, its checkpoint and the model; empty: nowhere
+    run_dir: str = ""  # of the server, see `folder`
 
     def __post_init__(self) -> None:
         if self.num_rounds < 1:
@@ -41,6 +48,19 @@ class RunConfig:
         if not 0 <= self.drop < 1:
             raise ConfigError(f"drop must be at least 0 and below 1, got {self.drop}.")
         self.schedule()
+        self.limits()
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the server writes rounds.jsonl, its checkpoint and the model; None: nowhere.
+
+        A relative `run-dir` is one in the folder that the server's environment names as `FEDKIT_RUNS_DIR`.
+        """
+        return Path(os.environ.get(RUNS_DIR, ""), self.run_dir) if self.run_dir else None
+
+    def limits(self) -> Limits:
+        """Return how long a round may last, and what it is worth."""
+        return Limits(self.quorum, self.grace if self.grace >= 0 else None, self.deadline or None)
 
     def schedule(self, **more: Any) -> Faults:
         """Return what goes wrong: `faults`, or nothing; with `drop`, if that is set, and `more` fields."""

@@ -5,8 +5,12 @@ Tried with flwr 1.39.0 (SuperNodes speak gRPC) and 1.41.0 (HTTP).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Final
 
 from flwr.app import Error, Message, RecordDict
@@ -17,21 +21,33 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.task_identity import TaskIdentity  # noqa: TID251
 
 __all__ = [
+    "FLEET_IS_GRPC",
     "ClientAppCallable",
     "GridWrapper",
     "Mod",
+    "Tls",
+    "announce",
     "deflate",
     "inflate",
     "is_unavailable",
     "object_bytes",
     "object_sizes",
     "refusal",
+    "superlink_arguments",
     "task_identity",
     "unavailable",
 ]
 
+FLEET_IS_GRPC: Final = [int(part) for part in version("flwr").split(".")[:2]] < [1, 40]
+"""Whether SuperNodes speak gRPC, at a port of the SuperLink's own for it; if not, HTTP at its only port."""
+
 _UNAVAILABLE: Final = range(3, 6)  # of flwr's private ErrorCode: message, reply or node unavailable
 _MOD_FAILED_PRECONDITION: Final = 6
+
+
+def announce(text: str) -> None:
+    """Write to Flower's log, which is streamed to whoever submitted the run."""
+    logging.getLogger("flwr").info(text)
 
 
 def deflate(message: Message) -> tuple[str, dict[str, bytes]]:
@@ -125,3 +141,48 @@ class GridWrapper(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Send messages and wait for the replies, as Grid does."""
         return self.inner.send_and_receive(messages, timeout=timeout)
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM files of a SuperLink: its certificate, the key to that, and the authority that signed it."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+
+def superlink_arguments(
+    port: int, fleet_port: int, *, host: str = "127.0.0.1", tls: Tls | None = None, database: Path | None = None
+) -> list[str]:
+    """Return the arguments of `flower-superlink` for a deployment.
+
+    Parameters
+    ----------
+    port : int
+        Of the Control and Runtime APIs, which are HTTP.
+    fleet_port : int
+        Of the Fleet API; the same as `port` unless `FLEET_IS_GRPC`.
+    host : str
+        The address to listen at.
+    tls : Tls, optional
+        With it all APIs are encrypted, and only SuperNodes with registered keys may connect.
+    database : Path, optional
+        Of SQLite; without, the state is in memory.
+    """
+    arguments = ["--host", host, "--port", str(port)]
+    if FLEET_IS_GRPC:
+        arguments += ["--fleet-api-type", "grpc-rere", "--fleet-api-address", f"{host}:{fleet_port}"]
+    if database is not None:
+        arguments += ["--database", str(database)]
+    if tls is None:
+        return [*arguments, "--insecure"]
+    files = [
+        "--ssl-ca-certfile",
+        str(tls.ca),
+        "--ssl-certfile",
+        str(tls.certificate),
+        "--ssl-keyfile",
+        str(tls.key),
+    ]
+    return [*arguments, *files, "--enable-supernode-auth"]

@@ -28,24 +28,27 @@ Flower need not send an object that the other side has, such as the same metrics
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from flwr.app import ArrayRecord, MetricRecord
 
 from fedkit.errors import ConfigError, StateError
 from fedkit.files import append_lines, put_line, take_up
+from fedkit.flower import announce
 from fedkit.sockets import Traffic
 
 Direction: TypeAlias = Literal["uplink", "downlink"]
 EvaluateFn: TypeAlias = Callable[[int, ArrayRecord], MetricRecord | None]
 ROUNDS: Final = "rounds.jsonl"  # a line of JSON per round
 JOURNAL: Final = "ledger.jsonl"  # and per message
+ANNOUNCED: Final = "fedkit round: "  # before a line of the first, in the log
 CALL: Final = Traffic(received=576, sent=72)  # flwr 1.39.0 over gRPC, without TLS
 
 
@@ -94,6 +97,7 @@ class Ledger:
         self._ideal: dict[int, float] = {}  # of each node's next message down
         self._counts: dict[int, Counter[str]] = {}
         self._sockets: dict[int, Counter[str]] = {}
+        self._measured: dict[int, dict[str, Any]] = {}  # by round
         self._start = time.monotonic()
 
     def enter(self, entry: Entry) -> None:
@@ -187,41 +191,45 @@ class Ledger:
         self._all = entries
         self._journals[path], self._start = len(entries), time.monotonic() - seconds
 
-    def recording(self, evaluate_fn: EvaluateFn, *, to: str | Path) -> EvaluateFn:
-        """Return an `evaluate_fn` that also appends to ``rounds.jsonl`` and ``ledger.jsonl`` in the folder `to`.
+    def measure(self, server_round: int, metrics: MetricRecord) -> None:
+        """Say what the clients measured when they evaluated a round."""
+        self._measured[server_round] = dict(metrics)
 
-        A line of the first is a round: the metrics, `round_totals`, ``fp32-bytes`` (the arrays in float32, once
-        for every client asked) and ``seconds`` since the ledger was made. A line of the second is a message.
-        A round that is run again, after a resumption, replaces its line and all later ones. With an empty `to`,
-        nothing is written.
+    def recording(self, evaluate_fn: EvaluateFn | None, *, to: Path | None) -> EvaluateFn:
+        """Return an `evaluate_fn` that also logs each round, and records it in the folder `to`, if there is one.
+
+        A line of its ``rounds.jsonl`` is a round: the metrics of `evaluate_fn` or of the clients, `round_totals`,
+        ``fp32-bytes`` (the arrays in float32, once for every client asked) and ``seconds`` since the ledger was
+        made. A round that is run again, after a resumption, replaces its line and all later ones. A line of its
+        ``ledger.jsonl`` is a message. The log has the first kind, after the word `ANNOUNCED`.
 
         Raises
         ------
         ConfigError
             If the folder cannot be written.
         """
-        if not str(to):
-            return evaluate_fn
-        folder = Path(to)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in (ROUNDS, JOURNAL):
-                (folder / name).touch()
+            for name in (ROUNDS, JOURNAL) if to else ():
+                to.mkdir(parents=True, exist_ok=True)
+                (to / name).touch()
         except OSError as error:
-            raise ConfigError(f"run-dir: cannot write {folder} ({error}).") from None
+            raise ConfigError(f"run-dir: cannot write {to} ({error}).") from None
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            metrics = evaluate_fn(server_round, arrays)
+            metrics = evaluate_fn(server_round, arrays) if evaluate_fn else None
             totals = self.round_totals(server_round)
             line = {
                 "round": server_round,
+                **self._measured.get(server_round, {}),
                 **(metrics or {}),
                 **totals,
                 "fp32-bytes": totals["asked"] * 4 * sum(math.prod(a.shape) for a in arrays.values()),
                 "seconds": round(self.seconds, 3),
             }
-            self.journal(folder / JOURNAL)
-            put_line(folder / ROUNDS, line, key="round")
+            announce(f"{ANNOUNCED}{json.dumps(line)}")
+            if to:
+                self.journal(to / JOURNAL)
+                put_line(to / ROUNDS, line, key="round")
             return metrics
 
         return evaluate

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import fcntl
 import json
+import secrets
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ class Arm:
     """One run of the app, with its full run config."""
 
     config: Mapping[str, Scalar]
+    run_dir: Path  # where everything about it goes, on this machine
 
     @property
     def strategy(self) -> str:
@@ -35,9 +37,9 @@ class Arm:
         return str(self.config["strategy"])
 
     @property
-    def run_dir(self) -> Path:
-        """Where everything about this arm goes."""
-        return Path(str(self.config["run-dir"]))
+    def elsewhere(self) -> bool:
+        """Whether the server writes into a folder of its own machine."""
+        return self.config["run-dir"] != str(self.run_dir)
 
     @property
     def title(self) -> str:
@@ -54,16 +56,18 @@ class Plan:
     app_dir: Path
     compare: str | None  # the strategy that the others are compared with
     arms: list[Arm]
+    superlink: str | None = None  # by its name in Flower's config; None: one of our own, that simulates
     fedkit: str = version("fedkit")  # that began it
 
     def save(self) -> None:
         """Write it into its folder; raises StateError."""
+        here = set() if self.superlink else {"run-dir"}  # which is this folder, and may be moved
         arms = [
-            {"name": arm.run_dir.name, "run-config": {k: v for k, v in arm.config.items() if k != "run-dir"}}
+            {"name": arm.run_dir.name, "run-config": {k: v for k, v in arm.config.items() if k not in here}}
             for arm in self.arms
-        ]  # without the folder, which may be moved
+        ]
         plan = {"fedkit": self.fedkit, "app": self.app, "app-dir": str(self.app_dir), "compare": self.compare}
-        write_json(self.folder / NAME, plan | {"arms": arms})
+        write_json(self.folder / NAME, plan | {"superlink": self.superlink, "arms": arms})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -78,8 +82,12 @@ class Plan:
         path = folder / NAME
         try:
             plan = json.loads(path.read_text(encoding="utf-8"))
-            arms = [Arm({**arm["run-config"], "run-dir": str(folder / arm["name"])}) for arm in plan["arms"]]
-            return cls(folder, plan["app"], Path(plan["app-dir"]), plan["compare"], arms, plan["fedkit"])
+            arms = [
+                Arm({"run-dir": str(folder / arm["name"]), **arm["run-config"]}, folder / arm["name"])
+                for arm in plan["arms"]
+            ]
+            app, compare, superlink = plan["app"], plan["compare"], plan.get("superlink")
+            return cls(folder, app, Path(plan["app-dir"]), compare, arms, superlink, plan["fedkit"])
         except OSError:
             raise ConfigError(f"{folder}: expected the folder of a `fedkit run`, got no {NAME} in it.") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -183,8 +191,11 @@ def plan_arms(arguments: argparse.Namespace, defaults: Mapping[str, Scalar], out
     if defaults["strategy"] in STRATEGIES:  # else the app has names of its own
         check_keys(strategies, STRATEGIES, what="strategy")
     seeds = range(int(config["seed"]), int(config["seed"]) + arguments.seeds)
+    # Of another machine it is a folder of ours alone: a run takes up what it finds in it.
+    server = f"{out.name}-{secrets.token_hex(4)}" if arguments.superlink else str(out)
     return [
-        Arm({**config, "strategy": name, "seed": seed, "run-dir": str(out / f"{name}-seed{seed}")})
+        Arm({**config, "strategy": name, "seed": seed, "run-dir": f"{server}/{arm}"}, out / arm)
         for name in strategies
         for seed in seeds
+        for arm in [f"{name}-seed{seed}"]
     ]

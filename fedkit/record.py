@@ -100,7 +100,7 @@ def _make_way(arm: Arm, attempt: int) -> None:
     log = arm.run_dir / LOG
     if log.exists():
         log.replace(log.with_suffix(f".{attempt}.log"))
-    if not (arm.run_dir / checkpoint.NAME).exists():
+    if not arm.elsewhere and not (arm.run_dir / checkpoint.NAME).exists():
         for name in (ROUNDS, JOURNAL):
             (arm.run_dir / name).unlink(missing_ok=True)
 

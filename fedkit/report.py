@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,41 +44,6 @@ def read_rounds(path: Path) -> list[Row]:
         if isinstance(row, dict) and isinstance(row.get("round"), int):
             rows[row["round"]] = row
     return [rows[number] for number in sorted(rows)]
-
-
-class RoundsFollower:
-    """Calls `on_round` once for each round that a server records in `path` from now on, or records anew."""
-
-    def __init__(self, path: Path, on_round: Callable[[Row], None]) -> None:
-        self.path, self.on_round = path, on_round
-        self._state = self._stat()
-        self._seen = {row["round"]: row for row in read_rounds(path)}
-
-    def report(self) -> None:
-        """Report the rounds recorded since the last call."""
-        state = self._stat()
-        if state == self._state:
-            return
-        self._state = state
-        for row in read_rounds(self.path):
-            if self._seen.get(row["round"]) != row:
-                self._seen[row["round"]] = row
-                self.on_round(row)
-
-    def _stat(self) -> tuple[int, ...]:
-        """Return what differs once the file was written: a round that is run again may be as long as before."""
-        try:
-            stat = self.path.stat()
-        except FileNotFoundError:
-            return ()
-        return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def log_tail(log: Path, num_lines: int = 30) -> str:
-    """Return the last traceback in a log and what follows, or the last lines where there is none."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace")).rstrip().splitlines()
-    tracebacks = [number for number, line in enumerate(lines) if line.startswith("Traceback ")]
-    return "\n".join(lines[tracebacks[-1] :] if tracebacks else lines[-num_lines:])
 
 
 def total(rows: Sequence[Row], key: str) -> int:

@@ -241,5 +241,7 @@ class UpdateStrategy(Asking, Generic[S]):
         if not contents:
             return None
         metrics = self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
-        self.progress.note("evaluate", server_round + self.progress.before, metrics)
+        server_round += self.progress.before
+        self.progress.note("evaluate", server_round, metrics)
+        self.ledger.measure(server_round, metrics)
         return metrics

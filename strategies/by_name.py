@@ -27,8 +27,8 @@ STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
 }
 
 
-def build(config: RunConfig) -> Strategy:
-    """Return the strategy that a run config names, for all its clients, evaluated on the server alone.
+def build(config: RunConfig, *, clients_evaluate: bool = False) -> Strategy:
+    """Return the strategy that a run config names, for all its clients, evaluated by them or on the server alone.
 
     With a `run_dir` it saves itself there after each round, and `start` takes up what it finds; not so Flower's
     FedAvg, which cannot be resumed and starts again.
@@ -41,6 +41,8 @@ def build(config: RunConfig) -> Strategy:
     check_keys([config.strategy], STRATEGIES, what="strategy")
     make, everybody = STRATEGIES[config.strategy], config.num_clients
     options: dict[str, Any] = {"min_train_nodes": everybody, "min_available_nodes": everybody}
+    if clients_evaluate:
+        options["min_evaluate_nodes"] = everybody
     if make is not FedAvg:
-        options["checkpoint"] = config.run_dir
-    return make(fraction_evaluate=0.0, **options)
+        options["checkpoint"] = config.folder or ""
+    return make(fraction_evaluate=float(clients_evaluate), **options)

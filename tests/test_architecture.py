@@ -15,13 +15,22 @@ FOLDERS = {"strategies": "fedkit.strategies", "clients": "fedkit.clients", "fedk
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 LAYERS = [  # each may import from its own layer and from those below
-    {"fedkit.cli", "fedkit.plan", "fedkit.record", "fedkit.launch", "fedkit.report"},
+    {
+        "fedkit.cli",
+        "fedkit.plan",
+        "fedkit.record",
+        "fedkit.launch",
+        "fedkit.submit",
+        "fedkit.follow",
+        "fedkit.report",
+    },
     {"fedkit.strategies", "fedkit.clients"},
+    {"fedkit.adapter"},
     {"fedkit.rounds", "fedkit.faulty"},
     {"fedkit.broadcast", "fedkit.memory", "fedkit.state", "fedkit.checkpoint", "fedkit.ledger"},
     {"fedkit.message", "fedkit.parcel"},
-    {"fedkit.flower", "fedkit.config", "fedkit.sockets", "fedkit.files", "fedkit.limits"},
-    {"fedkit.codec", "fedkit.aggregation", "fedkit.faults"},
+    {"fedkit.flower", "fedkit.config", "fedkit.sockets", "fedkit.files"},
+    {"fedkit.codec", "fedkit.aggregation", "fedkit.faults", "fedkit.limits", "fedkit.processes"},
     {"fedkit.arrays", "fedkit.errors", "fedkit.assets", "fedkit"},
 ]
 FORBIDDEN_PAIRS = [

@@ -3,54 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from fedkit import cli
-from fedkit.config import Scalar
 from fedkit.errors import ConfigError, LaunchError
-from fedkit.plan import DRIVEN_KEYS, Arm, plan_arms, read_app
-from fedkit.report import Row
+from fedkit.plan import DRIVEN_KEYS, Arm, Plan, plan_arms, read_app
+from tests.helpers.superlink import FakeSuperLink
 
 TINY_APP = Path(__file__).parent / "fixtures" / "tiny_app"
 
 
-class FakeSuperLink:
-    """Stands where Flower stands: records what it is asked to run and writes one round."""
-
-    configs: list[Mapping[str, Scalar]]
-    settings: Mapping[str, str]
-    fails = False
-
-    def __init__(self, log: Path, settings: Mapping[str, str]) -> None:
-        FakeSuperLink.configs, FakeSuperLink.settings = [], settings
-
-    def __enter__(self) -> FakeSuperLink:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def run(
-        self, app_dir: Path, config: Mapping[str, Scalar], run_dir: Path, on_round: Callable[[Row], None]
-    ) -> None:
-        """Pretend to."""
-        self.configs.append(config)
-        if self.fails:
-            raise LaunchError("it broke")
-        row = {"round": 1, "accuracy": 0.5, "uplink-bytes": 10, "downlink-bytes": 10, "fp32-bytes": 40}
-        (run_dir / "rounds.jsonl").write_text(json.dumps(row) + "\n")
-        on_round(row)
-
-
 @pytest.fixture
 def superlink(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSuperLink]:
-    monkeypatch.setattr(cli, "SuperLink", FakeSuperLink)
-    monkeypatch.setattr(FakeSuperLink, "fails", False)
+    class Mine(FakeSuperLink):
+        pass
+
+    monkeypatch.setattr(cli, "SuperLink", Mine)
     monkeypatch.chdir(tmp_path)
-    return FakeSuperLink
+    return Mine
 
 
 def plan(*options: str, out: str = "/out") -> list[Arm]:
@@ -154,11 +126,33 @@ def test_nothing_is_overwritten(superlink: type[FakeSuperLink], capsys: pytest.C
 def test_a_failed_run_ends_the_command_with_1(
     superlink: type[FakeSuperLink],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(FakeSuperLink, "fails", True)
+    superlink.ends[1] = LaunchError("it broke")
     assert cli.main(["run", str(TINY_APP), "--seeds", "2", "--out", "out"]) == 1
     assert capsys.readouterr().err == "fedkit: it broke\nTake it up with: fedkit resume out\n"
     assert json.loads((tmp_path / "out/fedavg-seed0/run.json").read_text())["status"] == "failed"
     assert not (tmp_path / "out/fedavg-seed1").exists()
+
+
+def test_at_a_superlink_of_flowers_config_the_server_has_a_folder_of_its_own(
+    superlink: type[FakeSuperLink], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+
+    def connect(name: str) -> FakeSuperLink:
+        names.append(name)
+        return superlink(Path(), {})
+
+    monkeypatch.setattr(cli, "Connection", connect)
+    superlink.ends[2] = LaunchError("it broke")
+    options = ["run", str(TINY_APP), "--superlink", "there", "--seeds", "2", "--out", "out"]
+    assert cli.main(options) == 1
+    assert cli.main(["resume", "out"]) == 0
+    assert names == ["there", "there"]
+    assert superlink.ran == ["fedavg-seed0", "fedavg-seed1", "fedavg-seed1"]
+    folders = [str(config["run-dir"]) for config in superlink.configs]
+    assert folders[1] == folders[2], "where the server finds its checkpoint"
+    assert all(folder.startswith("out-") for folder in folders), "relative to a folder of the server"
+    assert plan("--superlink", "there")[0].config["run-dir"] != plan("--superlink", "there")[0].config["run-dir"]
+    assert Plan.load(tmp_path / "out").superlink == "there"

@@ -59,29 +59,6 @@ def test_no_file_means_no_rounds_yet(tmp_path: Path) -> None:
     assert report.read_rounds(tmp_path / "absent") == []
 
 
-def test_the_follower_reports_each_round_once(tmp_path: Path) -> None:
-    seen: list[int] = []
-    path = tmp_path / "rounds.jsonl"
-    follower = report.RoundsFollower(path, lambda row: seen.append(row["round"]))
-    follower.report()
-    for text in ('{"round": 0}\n{"rou', 'nd": 1}\n', "", '{"round": 2}\n'):
-        with path.open("a") as file:
-            file.write(text)
-        follower.report()
-    assert seen == [0, 1, 2]
-
-
-def test_the_follower_reports_what_is_recorded_from_now_on_or_anew(tmp_path: Path) -> None:
-    seen: list[Row] = []
-    path = write(tmp_path / "rounds.jsonl", '{"round": 0}', '{"round": 1, "loss": 5}')
-    follower = report.RoundsFollower(path, seen.append)
-    follower.report()
-    assert seen == []
-    write(tmp_path / "other", '{"round": 0}', '{"round": 1, "loss": 4}').replace(path)  # as long as before
-    follower.report()
-    assert seen == [{"round": 1, "loss": 4}]
-
-
 def test_final_accuracy_is_the_mean_of_the_last_three_without_round_0() -> None:
     assert report.final_accuracy(rounds([0.2, 0.5, 0.6, 0.7])) == pytest.approx(0.6)
     assert report.final_accuracy(rounds([0.4])) == pytest.approx(0.4)
@@ -148,9 +125,3 @@ def test_one_seed_has_no_deviation_and_a_silent_run_no_ratio() -> None:
     row = summary["strategies"]["silent"]
     assert row["accuracy-std"] is row["accuracy-mean"] is row["times-less-uplink-than-fp32"] is None
     assert "silent" in text_of(report.summary_table(summary))
-
-
-def test_the_log_tail_is_the_last_traceback_without_colours(tmp_path: Path) -> None:
-    log = write(tmp_path / "log", "Traceback (a)", "first", "Traceback (b)", "\x1b[91mlast\x1b[0m", "")
-    assert report.log_tail(log) == "Traceback (b)\nlast"
-    assert report.log_tail(write(tmp_path / "log", *map(str, range(100))), 2) == "98\n99"

@@ -6,71 +6,33 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedkit import cli
-from fedkit.config import RunConfig, Scalar
+from fedkit.config import RunConfig
 from fedkit.errors import ConfigError, LaunchError
-from fedkit.launch import processes_with
 from fedkit.plan import Plan
-from fedkit.report import Row, read_rounds
+from fedkit.processes import processes_with
+from fedkit.report import read_rounds
 from fedkit.strategies import STRATEGIES, UpdateStrategy, build
+from tests.helpers.superlink import FakeSuperLink, row
 
 TINY_APP = Path(__file__).parent / "fixtures" / "tiny_app"
 
 
-def row(number: int, accuracy: float = 0.5) -> dict[str, Any]:
-    """Return a round as a server records it."""
-    counts = {"uplink-bytes": 10 * number, "downlink-bytes": 10, "fp32-bytes": 40}
-    return {"round": number, "accuracy": accuracy, "seconds": 1.0} | counts
-
-
-class FakeSuperLink:
-    """Stands where Flower stands: writes the rounds that are missing; some calls end early."""
-
-    ran: list[str]
-    ends: dict[int, BaseException]  # by number of the call: what ends it, after its first two rounds
-
-    def __init__(self, log: Path, settings: Mapping[str, str]) -> None:
-        pass
-
-    def __enter__(self) -> FakeSuperLink:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def run(
-        self, app_dir: Path, config: Mapping[str, Scalar], run_dir: Path, on_round: Callable[[Row], None]
-    ) -> None:
-        """Pretend to."""
-        (run_dir / "flower.log").write_text(f"attempt {len(self.ran)}")
-        self.ran.append(run_dir.name)
-        end = self.ends.get(len(self.ran))
-        if config["strategy"] != "fedavg":
-            (run_dir / "checkpoint.npz").touch()
-        path = run_dir / "rounds.jsonl"
-        done = len(read_rounds(path))
-        for number in range(done, 2 if end else 4):
-            with path.open("a") as file:
-                file.write(json.dumps(row(number)) + "\n")
-            on_round(row(number))
-        if end:
-            raise end
-
-
 @pytest.fixture
 def superlink(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSuperLink]:
-    monkeypatch.setattr(cli, "SuperLink", FakeSuperLink)
-    monkeypatch.setattr(FakeSuperLink, "ran", [], raising=False)
-    monkeypatch.setattr(FakeSuperLink, "ends", {}, raising=False)
+    class Mine(FakeSuperLink):
+        pass
+
+    monkeypatch.setattr(cli, "SuperLink", Mine)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TINY_APP, "app")
-    return FakeSuperLink
+    return Mine
 
 
 def run(*options: str) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedkit.launch import processes_with
+from fedkit.processes import processes_with
 from fedkit.report import read_rounds
 
 TINY_APP = Path(__file__).parents[1] / "fixtures" / "tiny_app"

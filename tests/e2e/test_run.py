@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fedkit.launch import processes_with
+from fedkit.processes import processes_with
 
 TINY_APP = Path(__file__).parents[1] / "fixtures" / "tiny_app"
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
@@ -40,7 +39,7 @@ def build_strategy(config: task.Config) -> Strategy:
     strategy = Tac(
         num_clusters=len(task.TASKS),
         distinct=config.clustering == "distinct",
-        checkpoint=config.run_dir,
+        checkpoint=config.folder or "",
         fraction_evaluate=0.0,
         min_train_nodes=everybody,
         min_available_nodes=everybody,
@@ -75,14 +74,14 @@ def main(grid: Grid, context: Context) -> None:
             metrics["cluster-accuracy"] = cluster_accuracy(strategy.state.assignment, truth)
         return MetricRecord(metrics)
 
-    rounds = RoundGrid(grid, faults=config.schedule())
+    rounds = RoundGrid(grid, faults=config.schedule(), limits=config.limits())
     result = strategy.start(
         grid=rounds,
         initial_arrays=from_arrays(initial if isinstance(strategy, Tac) else join_slots([initial])),
         num_rounds=config.num_rounds,
-        evaluate_fn=rounds.ledger.recording(evaluate, to=config.run_dir),
+        evaluate_fn=rounds.ledger.recording(evaluate, to=config.folder),
     )
-    if config.run_dir:
+    if config.folder:
         for name, adapter in by_task(result.arrays).items():
             set_adapter(model, adapter)
-            model.save_pretrained(Path(config.run_dir, "adapters", name))
+            model.save_pretrained(config.folder / "adapters" / name)

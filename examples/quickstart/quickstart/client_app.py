@@ -12,6 +12,12 @@ from quickstart import task
 app = ClientApp(mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])
 
 
+@app.query()
+def begin(message: Message, context: Context) -> Message:
+    """Return the fresh adapter, for a server without torch; all clients would return the same."""
+    return task.initial_adapter(parse(task.Config, context.run_config)).reply(message)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Return the adapter after `local-epochs` passes over this client's images."""
@@ -38,4 +44,20 @@ def train(message: Message, context: Context) -> Message:
             }
         ),
         reply_to=message,
+    )
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Return how well the adapter does on this client's share of the test images, for a server without torch."""
+    import torch
+
+    torch.set_num_threads(1)
+    config = parse(task.Config, context.run_config)
+    _, _, images, labels = task.load_split()
+    share = slice(context.node_config["partition-id"], None, config.num_clients)
+    arrays = to_arrays(message.content.array_records["arrays"])
+    metrics = task.evaluator(config, images[share], labels[share])(arrays)
+    return Message(
+        RecordDict({"metrics": MetricRecord({"num-examples": len(labels[share]), **metrics})}), reply_to=message
     )

@@ -1,12 +1,13 @@
-"""The server: start from a fresh adapter, run the rounds, test after each, save the adapter."""
+"""The server: start from a fresh adapter, run the rounds, test after each, save the adapter.
 
-from pathlib import Path
+It runs with or without torch. Without, a client says what to start from, and the clients test.
+"""
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
+from fedkit.adapter import ask_for_adapter
 from fedkit.aggregation.slots import split_clusters
-from fedkit.clients.adapters import get_adapter, set_adapter
 from fedkit.config import parse
 from fedkit.message import from_arrays, to_arrays
 from fedkit.rounds import RoundGrid
@@ -20,22 +21,22 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Train the digits' adapter with the clients that `grid` reaches."""
     config = parse(task.Config, context.run_config)
-    model = task.build_model(config)
-    _, _, images, labels = task.load_split()
-
-    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        set_adapter(model, *split_clusters(to_arrays(arrays)))  # one, also under TAC, for there is one task
-        return MetricRecord(task.evaluate(model, images, labels))
-
     first_half = map(str, range(config.num_clients // 2))
     rates = {"rates": dict.fromkeys(first_half, config.drop_half)} if config.drop_half else {}
-    rounds = RoundGrid(grid, faults=config.schedule(**rates))
-    result = build(config).start(
+    rounds = RoundGrid(grid, faults=config.schedule(**rates), limits=config.limits())
+    adapter = task.initial_adapter(config) if task.HAS_TORCH else ask_for_adapter(rounds)
+    _, _, images, labels = task.load_split()
+    test = task.evaluator(config, images, labels) if task.HAS_TORCH else None
+
+    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        (found,) = split_clusters(to_arrays(arrays))  # one, also under TAC, for there is one task
+        return MetricRecord(test(found)) if test else None
+
+    result = build(config, clients_evaluate=test is None).start(
         grid=rounds,
-        initial_arrays=from_arrays(get_adapter(model)),
+        initial_arrays=from_arrays(adapter.arrays),
         num_rounds=config.num_rounds,
-        evaluate_fn=rounds.ledger.recording(evaluate, to=config.run_dir),
+        evaluate_fn=rounds.ledger.recording(evaluate, to=config.folder),
     )
-    if config.run_dir:
-        set_adapter(model, *split_clusters(to_arrays(result.arrays)))
-        model.save_pretrained(Path(config.run_dir, "adapter"))
+    if config.folder:
+        adapter.save(config.folder / "adapter", *split_clusters(to_arrays(result.arrays)))

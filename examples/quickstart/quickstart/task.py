@@ -9,12 +9,16 @@ this module for every message, also where nothing is trained.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkit.adapter import Adapter
+from fedkit.arrays import NamedArrays
 from fedkit.assets import asset_path
 from fedkit.clients.partition import partition
 from fedkit.config import RunConfig
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
     from fedkit.clients.rm_lora import RMLoraConfig
 
+HAS_TORCH = find_spec("torch") is not None
 ASSET = "vit_8x8.safetensors"
 NUM_CLASSES = 10
 NUM_TEST = 540
@@ -115,6 +120,13 @@ def build_model(config: Config) -> PeftModel:
         )
 
 
+def initial_adapter(config: Config) -> Adapter:
+    """Return the adapter that training starts from, the same on every machine with the same seed."""
+    from fedkit.clients.adapters import describe
+
+    return describe(build_model(config))
+
+
 def load_split() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
     """Return training images in [0, 1] of shape (n, 8, 8), their labels, then the same of the test set.
 
@@ -198,3 +210,18 @@ def evaluate(
         output = model(pixel_values=to_pixel_values(images), labels=torch.from_numpy(labels))
     accuracy = (output.logits.argmax(-1).numpy() == labels).mean()
     return {"accuracy": float(accuracy), "loss": float(output.loss)}
+
+
+def evaluator(
+    config: Config, images: NDArray[np.float32], labels: NDArray[np.int64]
+) -> Callable[[NamedArrays], dict[str, float]]:
+    """Return a function from an adapter's arrays to what `evaluate` says on the images."""
+    from fedkit.clients.adapters import set_adapter
+
+    model = build_model(config)
+
+    def measure(adapter: NamedArrays) -> dict[str, float]:
+        set_adapter(model, adapter)
+        return evaluate(model, images, labels)
+
+    return measure

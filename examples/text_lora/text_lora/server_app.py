@@ -1,7 +1,5 @@
 """The server: start from a fresh adapter, run the rounds, test after each, save the adapter."""
 
-from pathlib import Path
-
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
@@ -27,13 +25,13 @@ def main(grid: Grid, context: Context) -> None:
         set_adapter(model, *split_clusters(to_arrays(arrays)))  # one, also under TAC, for there is one task
         return MetricRecord(task.evaluate(model, rows, config))
 
-    rounds = RoundGrid(grid, faults=config.schedule())
+    rounds = RoundGrid(grid, faults=config.schedule(), limits=config.limits())
     result = build(config).start(
         grid=rounds,
         initial_arrays=from_arrays(get_adapter(model)),
         num_rounds=config.num_rounds,
-        evaluate_fn=rounds.ledger.recording(evaluate, to=config.run_dir),
+        evaluate_fn=rounds.ledger.recording(evaluate, to=config.folder),
     )
-    if config.run_dir:
+    if config.folder:
         set_adapter(model, *split_clusters(to_arrays(result.arrays)))
-        model.save_pretrained(Path(config.run_dir, "adapter"))
+        model.save_pretrained(config.folder / "adapter")

@@ -215,7 +215,8 @@ class Run:
             self.server.now.round = server_round = server_round + strategy.progress.before
             expected = 1 + (self.server.saved.round if self.server.saved else self.rounds)
             check(not self.plan.resumable or server_round == expected, f"round {server_round}, not {expected}")
-            self.server.asks([message.metadata.dst_node_id for message in messages])
+            owing = {way.node_id for way in grid.ways.values()} | {m.metadata.src_node_id for m in grid.late}
+            self.server.asks([message.metadata.dst_node_id for message in messages], owing)
             self.clients.sent[server_round] = flatten(to_arrays(arrays))
             return list(messages)
 

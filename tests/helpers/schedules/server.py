@@ -76,8 +76,9 @@ class Server:
         """Take note of which client a node is."""
         self.client_of[node_id], self.node_of[client] = client, node_id
 
-    def asks(self, node_ids: Sequence[int]) -> None:
-        """Take note of whom the server asks to train."""
+    def asks(self, node_ids: Sequence[int], owing: set[int]) -> None:
+        """Take note of whom the server asks to train, and of whom it may hear besides."""
+        self.unanswered &= owing
         self.cohort = list(node_ids)
         self.names = {node_id: self.client_of[node_id] for node_id in node_ids if node_id in self.client_of}
 

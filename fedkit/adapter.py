@@ -1,0 +1,96 @@
+"""A PEFT adapter where there is no torch: a server can begin with one, and save it, without the model.
+
+The server asks one client for it, since clients have the model. What it saves is what PEFT saves:
+``PeftModel.from_pretrained(base_model, folder)`` reads it.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+
+from fedkit.arrays import NamedArrays
+from fedkit.errors import QuorumError, ReplyError
+from fedkit.message import SERVER_ROUND, from_arrays, records_of, to_arrays
+from fedkit.rounds import RoundGrid
+
+logger = logging.getLogger(__name__)
+
+_ARRAYS, _ABOUT, _CONFIG = "arrays", "adapter", "config"
+WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"  # PEFT's
+NODE_SECONDS: Final = 600.0  # to wait for a first node
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as `fedkit.clients.adapters.describe` gives it."""
+
+    arrays: NamedArrays  # by PEFT's names
+    config: str  # the text of PEFT's adapter_config.json
+
+    def reply(self, message: Message) -> Message:
+        """Return the answer to a server that asks for the adapter."""
+        content = {_ARRAYS: from_arrays(self.arrays), _ABOUT: ConfigRecord({_CONFIG: self.config})}
+        return Message(RecordDict(content), reply_to=message)
+
+    @classmethod
+    def read(cls, reply: Message) -> Self:
+        """Return the adapter in a client's answer; raises ReplyError if there is none."""
+        if reply.has_error():
+            raise ReplyError(f"it answered with an error: {reply.error.reason}")
+        about = reply.content.get(_ABOUT)
+        if not isinstance(about, ConfigRecord) or len(arrays := records_of(reply.content, ArrayRecord)) != 1:
+            raise ReplyError(f"expected an adapter, got the records {sorted(reply.content)}.")
+        return cls(to_arrays(arrays[0]), str(about[_CONFIG]))
+
+    def save(self, folder: Path, arrays: NamedArrays) -> None:
+        """Save `arrays`, with the names and shapes of the adapter's own, as PEFT saves an adapter."""
+        from safetensors.numpy import save_file  # here, since only a run that ends well needs it
+
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = {name: np.ascontiguousarray(arrays[name]) for name in self.arrays}
+        save_file(plain, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        (folder / CONFIG_NAME).write_text(self.config, encoding="utf-8")
+
+
+def ask_for_adapter(grid: RoundGrid, *, node_timeout: float = NODE_SECONDS, timeout: float = 3600.0) -> Adapter:
+    """Return the adapter that a client begins with; the clients are asked one by one until one answers.
+
+    A client answers in its `@app.query()`, see `Adapter.reply`.
+
+    Parameters
+    ----------
+    grid : RoundGrid
+        Where the clients are.
+    node_timeout : float
+        Seconds to wait for a first node.
+    timeout : float
+        Seconds to wait for an answer, unless the grid's limits have a deadline.
+
+    Raises
+    ------
+    QuorumError
+        If there is no node, or none that answers with an adapter.
+    """
+    asked: set[int] = set()
+    deadline = grid.clock.monotonic() + node_timeout
+    while True:
+        left = [node_id for node_id in grid.get_node_ids() if node_id not in asked]
+        if not left and (asked or grid.clock.monotonic() > deadline):
+            raise QuorumError(f"no adapter to begin with: {len(asked)} nodes were asked for theirs. See the log.")
+        if not left:
+            grid.clock.sleep(1.0)
+            continue
+        asked.add(left[0])
+        content = RecordDict({_CONFIG: ConfigRecord({SERVER_ROUND: 0})})
+        question = Message(content, dst_node_id=left[0], message_type=MessageType.QUERY, ttl=timeout)
+        for reply in grid.ask([question], timeout=timeout):
+            try:
+                return Adapter.read(reply)
+            except ReplyError as error:
+                logger.warning("node %d: no adapter: %s", left[0], error)
