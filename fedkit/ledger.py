@@ -195,7 +195,7 @@ class Ledger:
         """Say what the clients measured when they evaluated a round."""
         self._measured[server_round] = dict(metrics)
 
-    def recording(self, evaluate_fn: EvaluateFn | None, *, to: Path | None) -> EvaluateFn:
+    def recording(self, evaluate_fn: EvaluateFn | None, *, to: str | Path | None) -> EvaluateFn:
         """Return an `evaluate_fn` that also logs each round, and records it in the folder `to`, if there is one.
 
         A line of its ``rounds.jsonl`` is a round: the metrics of `evaluate_fn` or of the clients, `round_totals`,
@@ -208,12 +208,14 @@ class Ledger:
         ConfigError
             If the folder cannot be written.
         """
+        folder = Path(to) if to else None
         try:
-            for name in (ROUNDS, JOURNAL) if to else ():
-                to.mkdir(parents=True, exist_ok=True)
-                (to / name).touch()
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+                for name in (ROUNDS, JOURNAL):
+                    (folder / name).touch()
         except OSError as error:
-            raise ConfigError(f"run-dir: cannot write {to} ({error}).") from None
+            raise ConfigError(f"run-dir: cannot write {folder} ({error}).") from None
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             metrics = evaluate_fn(server_round, arrays) if evaluate_fn else None
@@ -227,9 +229,9 @@ class Ledger:
                 "seconds": round(self.seconds, 3),
             }
             announce(f"{ANNOUNCED}{json.dumps(line)}")
-            if to:
-                self.journal(to / JOURNAL)
-                put_line(to / ROUNDS, line, key="round")
+            if folder:
+                self.journal(folder / JOURNAL)
+                put_line(folder / ROUNDS, line, key="round")
             return metrics
 
         return evaluate

@@ -1,6 +1,7 @@
 """Laws of the quickstart's data and model."""
 
 import dataclasses
+import json
 import sys
 import tomllib
 from pathlib import Path
@@ -8,11 +9,14 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from flwr.app import Context, RecordDict
+from safetensors.numpy import load_file
 
 from fedkit import assets
 from fedkit.assets import asset_path
 from fedkit.config import parse
 from fedkit.errors import FedkitError
+from tests.helpers.grid import InProcessGrid
 
 APP = Path(__file__).parents[2] / "examples" / "quickstart"
 
@@ -75,6 +79,36 @@ def test_one_local_training_lowers_the_loss_and_leaves_the_backbone(task, config
     assert task.evaluate(model, images, labels)["loss"] < before
     assert set(metrics) == {"train-loss", "effective-rank"}
     assert all((model.get_parameter(name) == value).all() for name, value in frozen.items())
+
+
+@pytest.mark.parametrize("strategy", ["aquila", "tac"])
+def test_a_server_without_torch_ends_with_the_same_adapter_and_accuracy(
+    task, run_config, monkeypatch, tmp_path, strategy
+) -> None:
+    client_app, server_app = (
+        __import__("quickstart.client_app").client_app,
+        __import__("quickstart.server_app").server_app,
+    )
+
+    def run(folder):
+        config = run_config | {"num-clients": 2, "num-rounds": 1, "strategy": strategy, "run-dir": str(folder)}
+        grid = InProcessGrid([client_app.app] * 2)
+        for context in grid.contexts.values():
+            context.run_config = config
+        context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+        server_app.app(grid, context)
+        rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        return load_file(folder / "adapter" / "adapter_model.safetensors"), rows
+
+    expected, rows = run(tmp_path / "with")
+    monkeypatch.setattr(task, "HAS_TORCH", False)
+    found, asked = run(tmp_path / "without")
+    assert all(np.array_equal(found[name], array) for name, array in expected.items())
+    for row, other in zip(rows[1:], asked[1:], strict=True):
+        assert other["accuracy"] == pytest.approx(row["accuracy"])
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
+    assert rows[0]["uplink-bytes"] == 0
+    assert asked[0]["uplink-bytes"] > 50_000, "a client was asked for its adapter"
 
 
 def test_weights_have_their_published_digest(task) -> None:
