@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from benchmarks.deployment import Deployment
+from benchmarks.deployment import SUPERLINK, Deployment
 from benchmarks.harness import Bench, Row, parser, sources_digest
-from fedkit.launch import program
 from fedkit.ledger import Entry
+from fedkit.processes import program
 from fedkit.sockets import SocketMeter, Traffic
 
 APP = Path(__file__).parents[1] / "tests" / "fixtures" / "wire_app"
@@ -114,7 +114,7 @@ def entries_of(path: Path) -> list[Entry]:
 
 
 def _idle_calls(deployment: Deployment) -> int:
-    return sum(deployment.count(text) for text in IDLE_CALLS)
+    return sum(deployment.count(text, SUPERLINK) for text in IDLE_CALLS)
 
 
 def _settled(meter: SocketMeter) -> Traffic:
