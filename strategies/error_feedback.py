@@ -11,7 +11,7 @@ unless `weighted` is False. A client that does not take part keeps what it has n
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from fedkit.aggregation.mean import Mean
 from fedkit.codec.entropy_constrained import EntropyConstrained
@@ -21,6 +21,8 @@ from fedkit.codec.wire import Codec
 
 from .base import UpdateStrategy
 
+HALF_A_BIT: Final = EntropyConstrained(0.5)  # per parameter
+
 
 class ErrorFeedback(UpdateStrategy[None]):
     """Any codec, with a memory of what it lost. Clients need `fedkit.clients.ErrorFeedbackMod`.
@@ -28,7 +30,7 @@ class ErrorFeedback(UpdateStrategy[None]):
     Parameters
     ----------
     quantizer : Quantizer, optional
-        `EntropyConstrained` at half a bit per parameter if unset.
+        Half a bit per parameter if unset; None: float32, for a sparsifier alone.
     sparsifier : Sparsifier, optional
         Chooses the entries that are sent.
     weighted : bool
@@ -42,11 +44,11 @@ class ErrorFeedback(UpdateStrategy[None]):
     def __init__(
         self,
         *,
-        quantizer: Quantizer | None = None,
+        quantizer: Quantizer | None = HALF_A_BIT,
         sparsifier: Sparsifier | None = None,
         weighted: bool = True,
         **options: Any,
     ) -> None:
-        codec = Codec(quantizer or EntropyConstrained(0.5), sparsifier)
+        codec = Codec(quantizer, sparsifier)
         options.setdefault("downlink", Codec(EntropyConstrained(1.0)))
         super().__init__(Mean(weighted=weighted), codec, **options)

@@ -59,6 +59,7 @@ def test_without_loss_it_is_fedavg():
         {"quantizer": OURS},
         {"quantizer": ZeroMidTread(), "sparsifier": TopK(0.2)},
         {"quantizer": ZeroMidTread(), "sparsifier": Structured(0.5)},
+        {"quantizer": None, "sparsifier": TopK(0.2)},
     ],
     ids=repr,
 )
