@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 VOLUMES = Path("/volumes")
-RESULTS = Path("/results")
+RUNS = Path("/home/fedkit/fedkit-runs")
 USER = "fedkit"
 # Of the SuperLink: as the other containers, and as its own health check and ServerApps, call it.
 NAMES = ["superlink", "localhost", "127.0.0.1", "::1"]
@@ -60,8 +60,8 @@ def main() -> None:
     for volume in VOLUMES.iterdir():
         if volume != authority:
             shutil.chown(volume, USER, USER)
-    if RESULTS.stat().st_uid == 0:  # Docker made it, for the first run
-        shutil.chown(RESULTS, USER, USER)
+    if RUNS.stat().st_uid == 0:  # Docker made it, for the first run
+        shutil.chown(RUNS, USER, USER)
 
 
 def make_authority(folder: Path) -> None:
