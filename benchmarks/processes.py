@@ -68,6 +68,15 @@ class Processes:
             self.processes[name].wait()
         return len(pids)
 
+    def cut_power(self, name: str) -> None:
+        """Kill all that runs on a machine, with SIGKILL."""
+        self.kill(name)
+        while pids := list(processes_with(f"FLWR_HOME={self.home(name)}")):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
     def end(self) -> None:
         """End all processes, and all that they started."""
         end_processes(f"{_MARK}={self.folder}")

@@ -26,7 +26,6 @@ __all__ = [
     "GridWrapper",
     "Mod",
     "Tls",
-    "announce",
     "deflate",
     "inflate",
     "is_unavailable",
@@ -38,16 +37,14 @@ __all__ = [
     "unavailable",
 ]
 
+# What fedkit logs goes where Flower's own lines go: to the stream of a run, too.
+logging.getLogger("fedkit").parent = logging.getLogger("flwr")
+
 FLEET_IS_GRPC: Final = [int(part) for part in version("flwr").split(".")[:2]] < [1, 40]
 """Whether SuperNodes speak gRPC, at a port of the SuperLink's own for it; if not, HTTP at its only port."""
 
 _UNAVAILABLE: Final = range(3, 6)  # of flwr's private ErrorCode: message, reply or node unavailable
 _MOD_FAILED_PRECONDITION: Final = 6
-
-
-def announce(text: str) -> None:
-    """Write to Flower's log, which is streamed to whoever submitted the run."""
-    logging.getLogger("flwr").info(text)
 
 
 def deflate(message: Message) -> tuple[str, dict[str, bytes]]:

@@ -29,6 +29,7 @@ Flower need not send an object that the other side has, such as the same metrics
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections import Counter
@@ -41,8 +42,9 @@ from flwr.app import ArrayRecord, MetricRecord
 
 from fedkit.errors import ConfigError, StateError
 from fedkit.files import append_lines, put_line, take_up
-from fedkit.flower import announce
 from fedkit.sockets import Traffic
+
+logger = logging.getLogger(__name__)
 
 Direction: TypeAlias = Literal["uplink", "downlink"]
 EvaluateFn: TypeAlias = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -228,7 +230,7 @@ class Ledger:
                 "fp32-bytes": totals["asked"] * 4 * sum(math.prod(a.shape) for a in arrays.values()),
                 "seconds": round(self.seconds, 3),
             }
-            announce(f"{ANNOUNCED}{json.dumps(line)}")
+            logger.info("%s%s", ANNOUNCED, json.dumps(line))
             if folder:
                 self.journal(folder / JOURNAL)
                 put_line(folder / ROUNDS, line, key="round")

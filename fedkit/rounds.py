@@ -27,20 +27,19 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from flwr.app import ArrayRecord, Message, MessageType
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedkit.errors import ReplyError
+from fedkit.booking import Booking
 from fedkit.faults import Faults
 from fedkit.faulty import FaultyGrid
-from fedkit.flower import GridWrapper, is_unavailable, object_sizes
-from fedkit.ledger import Direction, Entry, Ledger
+from fedkit.flower import GridWrapper, is_unavailable
+from fedkit.ledger import Ledger
 from fedkit.limits import Clock, Limits, Pauses
-from fedkit.message import read_report, records_of, round_of
+from fedkit.message import round_of
 from fedkit.sockets import SocketMeter
 
 logger = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ class RoundGrid(GridWrapper):
         self._pauses = Pauses()
         self._sent: dict[str, Sent] = {}  # without an answer, by message id
         self._late: list[Message] = []
-        self._clients: dict[int, str] = {}  # by node id
+        self._booking = Booking(self.ledger)
 
     def ready(self, node_ids: Iterable[int], server_round: int, at_least: int = 1) -> list[int]:
         """Return the nodes that may be asked: no message is on its way to them, and they are not paused.
@@ -137,8 +136,6 @@ class RoundGrid(GridWrapper):
         self.ledger.note(server_round, asked=asked, replies=good, **counts)
         needed, late, self._late = self.limits.needed(asked), self._late, []
         if good + len(late) < needed:
-            for reply in (reply for reply in replies if reply.has_error()):
-                logger.warning("node %d: %s", reply.metadata.src_node_id, reply.error.reason)
             self.limits.refuse(f"Round {server_round}: {good} of {asked} nodes answered, {needed} needed.")
             return []
         return [*replies, *late]
@@ -159,9 +156,11 @@ class RoundGrid(GridWrapper):
         for message, message_id in zip(messages, list(self.inner.push_messages(messages)), strict=False):
             node_id = message.metadata.dst_node_id
             if not message_id:
-                logger.warning("round %d: Flower refused the message to node %d.", server_round, node_id)
+                logger.warning(
+                    "round %d: Flower refused the message to %s.", server_round, self._booking.name(node_id)
+                )
                 continue
-            self._enter(message, server_round, node_id, "downlink")
+            self._booking.enter(message, server_round, node_id, "downlink")
             self._sent[message_id] = Sent(node_id, server_round, kind, expires)
             ids.add(message_id)
         return ids
@@ -177,7 +176,7 @@ class RoundGrid(GridWrapper):
                 if sent.server_round != server_round or not ids & {reply.metadata.reply_to_message_id}:
                     self._keep_late(sent, reply, server_round)
                 elif not is_unavailable(reply):
-                    self._enter(reply, server_round, sent.node_id, "uplink")
+                    self._booking.enter(reply, server_round, sent.node_id, "uplink")
                     replies.append(reply)
             self._expire()
             now = self.clock.monotonic()
@@ -185,6 +184,7 @@ class RoundGrid(GridWrapper):
                 quorum_at = now
             over = self.limits.grace is not None and now >= quorum_at + self.limits.grace
             if over or not ids & self._sent.keys():
+                self._tell(ids, server_round)
                 return replies
             self.clock.sleep(pause)
             pause = min(1.5 * pause, _POLL_MOST)
@@ -198,53 +198,49 @@ class RoundGrid(GridWrapper):
                 logger.warning("a reply came twice, or to a message that expired: dropped.")
                 continue
             if reply.has_content():
-                self._learn(reply)
+                self._booking.meet(reply)
                 self._pauses.clear(sent.node_id)
-            elif not is_unavailable(reply):
-                self._pauses.fail(sent.node_id, sent.server_round)
+            else:
+                logger.warning(
+                    "round %d, %s: %s", sent.server_round, self._booking.name(sent.node_id), reply.error.reason
+                )
+                if not is_unavailable(reply):
+                    self._pauses.fail(sent.node_id, sent.server_round)
             pulled.append((sent, reply))
         return pulled
 
     def _keep_late(self, sent: Sent, reply: Message, server_round: int) -> None:
         if not reply.has_content():
             return
-        self._enter(reply, server_round, sent.node_id, "uplink")
+        self._booking.enter(reply, server_round, sent.node_id, "uplink")
         used = sent.kind == MessageType.TRAIN and self.limits.late == "use"
         self.ledger.note(server_round, late=1)
+        fate = "used" if used else "dropped"
         logger.info(
-            "node %d answered round %d late: %s.", sent.node_id, sent.server_round, "used" if used else "dropped"
+            "round %d, %s: its answer came late, and is %s.",
+            sent.server_round,
+            self._booking.name(sent.node_id),
+            fate,
         )
         if used:
             self._late.append(reply)
+
+    def _tell(self, ids: set[str], server_round: int) -> None:
+        """Say whose answers a round has not waited for."""
+        if late := [self._booking.name(self._sent[message_id].node_id) for message_id in ids & self._sent.keys()]:
+            logger.warning("round %d goes on without %s.", server_round, ", ".join(sorted(late)))
 
     def _expire(self) -> None:
         """Give up on messages whose deadline has passed."""
         now = self.clock.monotonic()
         for message_id in [message_id for message_id, sent in self._sent.items() if sent.expires <= now]:
             sent = self._sent.pop(message_id)
-            logger.warning("node %d did not answer round %d in time.", sent.node_id, sent.server_round)
+            logger.warning("round %d, %s: no answer in time.", sent.server_round, self._booking.name(sent.node_id))
             self._pauses.fail(sent.node_id, sent.server_round)
-
-    # ---- the ledger ----------------------------------------------------------------------------
-
-    def _enter(self, message: Message, server_round: int, node_id: int, direction: Direction) -> None:
-        frames = 0
-        if message.has_content():
-            frames = sum(len(a.data) for r in records_of(message.content, ArrayRecord) for a in r.values())
-        kind = str(message.metadata.message_type)
-        client = self._clients.get(node_id, str(node_id))
-        sizes = object_sizes(message)
-        entry = Entry(server_round, client, node_id, direction, kind, sum(sizes), frames, len(sizes))
-        self.ledger.enter(entry)
-
-    def _learn(self, reply: Message) -> None:
-        """Take note of which client a node is, if its reply says so."""
-        with suppress(ReplyError):
-            self._clients[reply.metadata.src_node_id] = read_report(reply.content).client_id
 
     def _lost(self, reply: Message) -> None:
         """Enter a reply that was sent, and then lost on purpose."""
         if sent := self._sent.get(reply.metadata.reply_to_message_id):
             if reply.has_content():
-                self._learn(reply)
-            self._enter(reply, sent.server_round, sent.node_id, "uplink")
+                self._booking.meet(reply)
+            self._booking.enter(reply, sent.server_round, sent.node_id, "uplink")

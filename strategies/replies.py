@@ -198,8 +198,8 @@ class Inbox:
             )
 
     def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
-        logger.warning("round %d, node %d: reply refused: %s", self.cohort.server_round, node_id, error)
-        if not counted:  # an error reply was counted by the grid
+        if not counted:  # an error reply was counted, and logged, by the grid
+            logger.warning("round %d, node %d: reply refused: %s", self.cohort.server_round, node_id, error)
             self.ledger.note(self.cohort.server_round, rejected=1, replies=-1)
 
 

@@ -27,6 +27,7 @@ LAYERS = [  # each may import from its own layer and from those below
     {"fedkit.strategies", "fedkit.clients"},
     {"fedkit.adapter"},
     {"fedkit.rounds", "fedkit.faulty"},
+    {"fedkit.booking"},
     {"fedkit.broadcast", "fedkit.memory", "fedkit.state", "fedkit.checkpoint", "fedkit.ledger"},
     {"fedkit.message", "fedkit.parcel"},
     {"fedkit.flower", "fedkit.config", "fedkit.sockets", "fedkit.files"},
