@@ -51,6 +51,10 @@ class Deployment(Processes):
         Whether the SuperLink keeps its state in a file, so that it outlives a restart.
     settings : mapping, optional
         Further environment of all processes.
+    host : str
+        Where the SuperLink listens.
+    namespaces : mapping, optional
+        The network namespaces of nodes that have one of their own, by name.
     """
 
     def __init__(
@@ -61,9 +65,11 @@ class Deployment(Processes):
         secure: bool = False,
         database: bool = False,
         settings: Mapping[str, str] | None = None,
+        host: str = "127.0.0.1",
+        namespaces: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(folder, settings)
-        self.nodes, self.secure = nodes, secure
+        super().__init__(folder, settings, namespaces)
+        self.nodes, self.secure, self.host = nodes, secure, host
         self.database = folder / "state.db" if database else None
         self.port = _quiet_port()
         self.fleet_port = _quiet_port() if FLEET_IS_GRPC else self.port
@@ -97,13 +103,15 @@ class Deployment(Processes):
 
     def start_superlink(self) -> None:
         """Start the SuperLink, for the first time or again, and return once it listens."""
-        arguments = superlink_arguments(self.port, self.fleet_port, tls=self.tls, database=self.database)
+        arguments = superlink_arguments(
+            self.port, self.fleet_port, host=self.host, tls=self.tls, database=self.database
+        )
         process = self.start("flower-superlink", SUPERLINK, *arguments)
 
         def listens() -> bool:
             if process.poll() is not None:
                 raise ChildProcessError(f"the SuperLink ended with code {process.returncode}. Logs: {self.folder}")
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+            with suppress(OSError), socket.create_connection((self.host, self.port), timeout=1):
                 return True
             return False
 
@@ -132,7 +140,7 @@ class Deployment(Processes):
 
     def node_arguments(self, key: Path | None = None) -> list[str]:
         """Return the arguments of a SuperNode that finds the SuperLink; with TLS, and a key to be known by."""
-        arguments = ["--superlink", f"127.0.0.1:{self.fleet_port}", "--port", str(free_port())]
+        arguments = ["--superlink", f"{self.host}:{self.fleet_port}", "--port", str(free_port())]
         if self.tls is None:
             return ["--insecure", *arguments]
         arguments += ["--root-certificates", str(self.tls.ca)]
@@ -183,7 +191,7 @@ class Deployment(Processes):
         """Tell the program `flwr` where the SuperLink is."""
         self.home("flwr").mkdir(parents=True)
         trust = "insecure = true" if self.tls is None else f'root-certificates = "{self.tls.ca}"'
-        text = f'[superlink.{NAME}]\naddress = "127.0.0.1:{self.port}"\n{trust}\n'
+        text = f'[superlink.{NAME}]\naddress = "{self.host}:{self.port}"\n{trust}\n'
         (self.home("flwr") / "config.toml").write_text(text)
 
 

@@ -27,18 +27,26 @@ class Processes:
         For logs and Flower's homes.
     settings : mapping, optional
         Further environment of all processes.
+    namespaces : mapping, optional
+        The network namespaces of machines that have one of their own, by name.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, str] | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, str] | None = None,
+        namespaces: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder, self.namespaces = folder, dict(namespaces or {})
         self.settings = {"FLWR_LOG_LEVEL": "DEBUG", **(settings or {})}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, command: str, name: str, *arguments: str, **settings: str) -> subprocess.Popen[bytes]:
         """Start a program of Flower, with some more environment; its output is added to the machine's log."""
+        within = ["ip", "netns", "exec", self.namespaces[name]] if name in self.namespaces else []
         with self.log_of(name).open("ab") as file:
             self.processes[name] = subprocess.Popen(
-                [program(command), *arguments],
+                [*within, program(command), *arguments],
                 env=self.environment_of(name) | settings,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
