@@ -4,6 +4,7 @@
 - ``aggregate``: the server's work on a thousand uploads, beside Flower's FedAvg on the same updates
 - ``fuzz``: hostile bytes, a minute of mutated frames or a million of them
 - ``wire``: the ledger beside the kernel's count of the SuperLink's port, in a deployment
+- ``round_time``: the time of a round beside Flower's FedAvg, in a deployment
 - ``innovations``: records what the codecs are measured on
 
 Each is small by default; ``--full`` makes the README's figures, ``--json FILE`` writes the table as data. Rows go

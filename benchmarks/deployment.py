@@ -160,11 +160,11 @@ class Deployment(Processes):
         with self.log_of("run").open("wb") as file:
             return subprocess.Popen(command, env=self.environment, stdout=file, stderr=file)
 
-    def run(self, app: Path, config: Mapping[str, Scalar]) -> None:
-        """Run an app and return once it is completed."""
+    def run(self, app: Path, config: Mapping[str, Scalar], seconds: float = SECONDS) -> None:
+        """Run an app and return once it is completed, which may take so many seconds."""
         with self.submit(app, config) as process:
             try:
-                process.wait(SECONDS)
+                process.wait(seconds)
             finally:
                 process.kill()
         newest = max(self.runs(), key=lambda run: run["pending-at"], default=None)
