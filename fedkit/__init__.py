@@ -22,8 +22,9 @@ Principles, in order of weight
 5. Bytes are real: every size reported is that of what was sent.
 6. Quantizing, masking, compensating and clustering are independent choices.
 
-Imports go one way: examples → cli, launch → strategies, clients → rounds → broadcast, memory, state, checkpoint,
-ledger → message → flower, sockets, config, limits, files → codec, aggregation, faults → arrays, errors.
+Imports go one way: examples → cli, launch, submit → strategies, clients → adapter → rounds → booking → broadcast,
+memory, state, checkpoint, ledger → message → flower, sockets, config, files → codec, aggregation, faults, limits,
+processes → arrays, errors.
 """
 
 __version__ = "0.1.0"

@@ -110,7 +110,7 @@ def round_table(rows: Sequence[Row], title: str) -> Table:
     """Return the table of a run: bytes and counts of each round, and the saving up to it."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "so far: uplink up to this round, and how many times less that is than in fp32"
-    counts = ["skips", "missing", *(["rejected"] if total(rows, "rejected") else [])]
+    counts = ["skips", "missing"]
     for name in ("round", "accuracy", "uplink", "downlink", *counts, "so far", "vs fp32"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in thin_out(rows):
@@ -133,11 +133,12 @@ def totals_line(rows: Sequence[Row]) -> str:
     up, down = total(rows, "uplink-bytes"), total(rows, "downlink-bytes")
     saving = format_times(times_less(total(rows, "fp32-bytes"), up))
     seconds = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
+    refused = f"rejected {count}  " if (count := total(rows, "rejected")) else ""
     return (
         f"accuracy {format_accuracy(final_accuracy(rows))} (mean of last {FINAL_ROUNDS})  "
         f"uplink {format_bytes(up)}, {saving} less than fp32  "
         f"downlink {format_bytes(down)}  skips {total(rows, 'skips')}  missing {total(rows, 'missing')}  "
-        f"{seconds:.1f} s"
+        f"{refused}{seconds:.1f} s"
     )
 
 
