@@ -1,6 +1,7 @@
 """What the README says of the quickstart, measured again: minutes, for real, through Flower's simulation."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from fedkit import cli
 
 APP = str(Path(__file__).parents[2] / "examples" / "quickstart")
+SEEDS = os.environ.get("FEDKIT_SEEDS", "1")  # `.ci/run --full` takes the README's 3
+NOISE = 0.0 if SEEDS == "3" else 0.015  # of the difference of two runs with one seed
 pytestmark = [pytest.mark.slow, pytest.mark.deployment]
 
 
@@ -18,19 +21,19 @@ def run(out, *options):
 
 @pytest.fixture(scope="module")
 def perfect_link(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("runs") / "out", "--compare", "fedavg", "--seeds", "3")
+    return run(tmp_path_factory.mktemp("runs") / "out", "--compare", "fedavg", "--seeds", SEEDS)
 
 
 def test_aquila_is_near_fedavg_for_a_tenth_of_the_bytes(perfect_link):
     aquila, fedavg = perfect_link["aquila"], perfect_link["fedavg"]
-    assert aquila["accuracy-mean"] >= fedavg["accuracy-mean"] - 0.015
+    assert aquila["accuracy-mean"] >= fedavg["accuracy-mean"] - 0.015 - NOISE
     assert aquila["times-less-uplink-than-fp32"] >= 10
     assert aquila["times-less-uplink-than-fedavg"] >= 10
 
 
 def test_safari_with_two_fifths_of_the_replies_lost_is_near_fedavg_on_a_perfect_link(perfect_link, tmp_path):
-    safari = run(tmp_path / "out", "--strategy", "safari", "--seeds", "3", "--drop", "0.4")["safari"]
-    assert safari["accuracy-mean"] >= perfect_link["fedavg"]["accuracy-mean"] - 0.025
+    safari = run(tmp_path / "out", "--strategy", "safari", "--seeds", SEEDS, "--drop", "0.4")["safari"]
+    assert safari["accuracy-mean"] >= perfect_link["fedavg"]["accuracy-mean"] - 0.025 - NOISE
     assert safari["times-less-uplink-than-fp32"] >= 4
 
 
