@@ -35,8 +35,8 @@ class Adapter:
 
     def reply(self, message: Message) -> Message:
         """Return the answer to a server that asks for the adapter."""
-        content = {_ARRAYS: from_arrays(self.arrays), _ABOUT: ConfigRecord({_CONFIG: self.config})}
-        return Message(RecordDict(content), reply_to=message)
+        about = ConfigRecord({_CONFIG: self.config})
+        return Message(RecordDict({_ARRAYS: from_arrays(self.arrays), _ABOUT: about}), reply_to=message)
 
     @classmethod
     def read(cls, reply: Message) -> Self:
