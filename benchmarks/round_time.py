@@ -7,7 +7,7 @@ fedkit's grid. With ``--full`` there is also the quickstart's real training, wit
 
 Where the time goes is read from the log of the node whose reply was complete last:
 
-- *send*: the server makes the messages and hands them to the SuperLink
+- *send*: the server makes the messages and hands them to the SuperLink, until that is done or the node begins
 - *poll*: until the node asks for messages, which it does 3 seconds after the last answer
 - *pull*: the node fetches the message's objects, each with its own call
 - *app*: a new process runs the ClientApp; noticed up to 0.1 s late (1 s by default), its end up to 0.5 s late
@@ -74,7 +74,8 @@ def stamps_of(log: str) -> Iterator[tuple[str, list[float]]]:
 def parts_of(found: Row, stamps: Mapping[str, list[float]]) -> Row:
     """Return the seconds of a round and of its parts, seen from the node whose reply was complete last."""
     last = max((stamps[message_id] for message_id in found["ids"]), key=lambda moments: moments[-1])
-    moments = [found["begun"], found["sent"], *last, found["ended"]]
+    sent = min(found["sent"], last[0])  # nodes begin to receive while objects are still being sent
+    moments = [found["begun"], sent, *last, found["ended"]]
     parts = {part: end - start for part, (start, end) in zip(PARTS, pairwise(moments), strict=True)}
     return {"seconds": found["ended"] - found["begun"], **parts}
 
