@@ -55,6 +55,7 @@ class Adapter:
         folder.mkdir(parents=True, exist_ok=True)
         plain = {name: np.ascontiguousarray(arrays[name]) for name in self.arrays}
         save_file(plain, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        (folder / WEIGHTS_NAME).chmod(0o644)  # it is 0600 otherwise; who may read it, the folder says
         (folder / CONFIG_NAME).write_text(self.config, encoding="utf-8")
 
 

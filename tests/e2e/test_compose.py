@@ -19,7 +19,7 @@ from fedkit.config import parse
 from fedkit.report import read_rounds
 
 ROOT = Path(__file__).parents[2]
-ROUNDS, SECONDS = 8, 1800.0
+ROUNDS, SECONDS = 6, 1800.0
 ENGINE = shutil.which("docker") and subprocess.run(["docker", "info"], capture_output=True).returncode == 0
 pytestmark = [
     pytest.mark.compose,
@@ -43,7 +43,7 @@ class Demo:
 
     def start(self) -> subprocess.Popen[bytes]:
         with self.log.open("wb") as file:
-            command = [*self.program, "up", "--exit-code-from", "job"]
+            command = [*self.program, "up", "--build", "--exit-code-from", "job"]
             return subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=file, stderr=file)
 
     def compose(self, *arguments: str) -> str:

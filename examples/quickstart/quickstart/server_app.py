@@ -25,8 +25,7 @@ def main(grid: Grid, context: Context) -> None:
     rates = {"rates": dict.fromkeys(first_half, config.drop_half)} if config.drop_half else {}
     rounds = RoundGrid(grid, faults=config.schedule(**rates), limits=config.limits())
     adapter = task.initial_adapter(config) if task.HAS_TORCH else ask_for_adapter(rounds)
-    _, _, images, labels = task.load_split()
-    test = task.evaluator(config, images, labels) if task.HAS_TORCH else None
+    test = task.evaluator(config) if task.HAS_TORCH else None
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         (found,) = split_clusters(to_arrays(arrays))  # one, also under TAC, for there is one task

@@ -212,16 +212,14 @@ def evaluate(
     return {"accuracy": float(accuracy), "loss": float(output.loss)}
 
 
-def evaluator(
-    config: Config, images: NDArray[np.float32], labels: NDArray[np.int64]
-) -> Callable[[NamedArrays], dict[str, float]]:
-    """Return a function from an adapter's arrays to what `evaluate` says on the images."""
+def evaluator(config: Config, share: slice = slice(None)) -> Callable[[NamedArrays], dict[str, float]]:
+    """Return a function from an adapter's arrays to its metrics on a share of the test images, all by default."""
     from fedkit.clients.adapters import set_adapter
 
-    model = build_model(config)
+    model, (_, _, images, labels) = build_model(config), load_split()
 
     def measure(adapter: NamedArrays) -> dict[str, float]:
         set_adapter(model, adapter)
-        return evaluate(model, images, labels)
+        return evaluate(model, images[share], labels[share])
 
     return measure
