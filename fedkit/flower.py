@@ -37,14 +37,25 @@ __all__ = [
     "unavailable",
 ]
 
-# What fedkit logs goes where Flower's own lines go: to the stream of a run, too.
-logging.getLogger("fedkit").parent = logging.getLogger("flwr")
-
 FLEET_IS_GRPC: Final = [int(part) for part in version("flwr").split(".")[:2]] < [1, 40]
 """Whether SuperNodes speak gRPC, at a port of the SuperLink's own for it; if not, HTTP at its only port."""
 
 _UNAVAILABLE: Final = range(3, 6)  # of flwr's private ErrorCode: message, reply or node unavailable
 _MOD_FAILED_PRECONDITION: Final = 6
+
+
+class _FlowersLog(logging.Handler):
+    """Writes what fedkit logs where Flower's own lines go: to the stream of a run, too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand a record on."""
+        for handler in logging.getLogger("flwr").handlers:
+            if record.levelno >= handler.level:
+                handler.handle(record)
+
+
+logging.getLogger("fedkit").addHandler(_FlowersLog())
+logging.getLogger("fedkit").setLevel(logging.INFO)
 
 
 def deflate(message: Message) -> tuple[str, dict[str, bytes]]:

@@ -329,7 +329,7 @@ def hooks(run: Run) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(os, "fsync", lambda _: None))
-        stack.enter_context(patch("fedkit.rounds.object_sizes", lambda _: [1]))
+        stack.enter_context(patch("fedkit.booking.object_sizes", lambda _: [1]))
         stack.enter_context(patch.object(ast, "literal_eval", lru_cache(ast.literal_eval)))  # NumPy's headers
         stack.enter_context(patch("fedkit.checkpoint.write_archive", server_archive))
         stack.enter_context(patch("fedkit.state.write_archive", client_archive))
