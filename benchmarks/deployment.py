@@ -29,7 +29,7 @@ from benchmarks.processes import SECONDS, Processes, wait_until
 from fedkit.config import Scalar
 from fedkit.flower import FLEET_IS_GRPC, Tls, superlink_arguments
 from fedkit.processes import free_port, program
-from fedkit.submit import to_toml
+from fedkit.submit import write_run_config
 
 NAME = "here"  # of the SuperLink, for the program `flwr`
 SUPERLINK = "superlink"
@@ -155,7 +155,7 @@ class Deployment(Processes):
     def submit(self, app: Path, config: Mapping[str, Scalar]) -> subprocess.Popen[bytes]:
         """Start a run of an app and return the process that prints its log to ``run.log``, until it ends."""
         overrides = self.folder / "run-config.toml"
-        overrides.write_text("".join(f"{key} = {to_toml(value)}\n" for key, value in config.items()))
+        write_run_config(overrides, config)
         command = [program("flwr"), "run", str(app), NAME, "--stream", "--run-config", str(overrides)]
         with self.log_of("run").open("wb") as file:
             return subprocess.Popen(command, env=self.environment, stdout=file, stderr=file)

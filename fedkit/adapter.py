@@ -14,7 +14,7 @@ from typing import Final, Self
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
-from fedkit.arrays import NamedArrays
+from fedkit.arrays import NamedArrays, check_finite
 from fedkit.errors import QuorumError, ReplyError
 from fedkit.message import SERVER_ROUND, from_arrays, records_of, to_arrays
 from fedkit.rounds import RoundGrid
@@ -46,7 +46,12 @@ class Adapter:
         about = reply.content.get(_ABOUT)
         if not isinstance(about, ConfigRecord) or len(arrays := records_of(reply.content, ArrayRecord)) != 1:
             raise ReplyError(f"expected an adapter, got the records {sorted(reply.content)}.")
-        return cls(to_arrays(arrays[0]), str(about[_CONFIG]))
+        try:
+            found = to_arrays(arrays[0])
+            check_finite(found)
+            return cls(found, str(about[_CONFIG]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReplyError(f"its adapter cannot be read: {error!r}.") from None
 
     def save(self, folder: Path, arrays: NamedArrays) -> None:
         """Save `arrays`, with the names and shapes of the adapter's own, as PEFT saves an adapter."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -75,8 +76,9 @@ class LogFollower:
                     return  # the rest of it is still to come
                 self._offset += len(line)
                 _, found, text = plain(line.decode(errors="replace")).partition(ANNOUNCED)
-                if found:
-                    yield json.loads(text)
+                with suppress(ValueError, TypeError, LookupError):  # an app may print anything
+                    if found and isinstance((row := json.loads(text))["round"], int):
+                        yield row
 
 
 def plain(text: str) -> str:

@@ -35,7 +35,7 @@ START_SECONDS = 60.0  # until the SuperLink answers; it takes 2 s on two idle co
 # --- what may differ between Flower versions; the same from 1.39 to 1.41 ------------------------------
 
 
-def superlink_arguments(port: int) -> list[str]:
+def simulation_arguments(port: int) -> list[str]:
     """Return the arguments of `flower-superlink`: simulation, all its APIs on one HTTP port."""
     return f"--insecure --simulation --isolation subprocess --host 127.0.0.1 --port {port}".split()
 
@@ -85,7 +85,7 @@ class SuperLink(Connection):
         try:
             with self.log.open("wb") as file:  # a session of its own, since Ctrl-C is ours to answer
                 self.process = subprocess.Popen(
-                    [program("flower-superlink"), *superlink_arguments(self.port)],
+                    [program("flower-superlink"), *simulation_arguments(self.port)],
                     env=self.environment,
                     stdin=subprocess.DEVNULL,
                     stdout=file,

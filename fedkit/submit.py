@@ -118,7 +118,7 @@ class Connection:
     def _submit(self, app_dir: Path, config: Mapping[str, Scalar], run_dir: Path) -> str:
         """Begin a run; return its id."""
         overrides = run_dir / "run-config.toml"
-        overrides.write_text("".join(f"{key} = {to_toml(value)}\n" for key, value in config.items()))
+        write_run_config(overrides, config)
         options = ["--run-config", str(overrides), *self.options(config)]
         answer = self._command("run", str(app_dir), self.name, *options)
         if "run-id" not in answer:
@@ -178,6 +178,11 @@ class Connection:
         except ValueError:
             answer = {}
         return answer if answer.get("success") else {"error-message": said} | answer
+
+
+def write_run_config(path: Path, config: Mapping[str, Scalar]) -> None:
+    """Write a run config as the TOML that `flwr run` takes."""
+    path.write_text("".join(f"{key} = {to_toml(value)}\n" for key, value in config.items()), encoding="utf-8")
 
 
 def to_toml(value: Scalar) -> str:

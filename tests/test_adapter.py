@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkit.adapter import Adapter, ask_for_adapter
 from fedkit.clients import AquilaMod
 from fedkit.errors import QuorumError
+from fedkit.message import from_arrays
 from fedkit.rounds import RoundGrid
 from tests.helpers.grid import InProcessGrid, VirtualTime
 
@@ -25,7 +26,14 @@ def app(answer="adapter") -> ClientApp:
     def begin(message, context):
         if answer == "error":
             raise RuntimeError("no model here")
-        return ADAPTER.reply(message) if answer == "adapter" else Message(RecordDict(), reply_to=message)
+        reply = ADAPTER.reply(message) if answer != "nothing" else Message(RecordDict(), reply_to=message)
+        if answer == "no config":
+            reply.content["adapter"] = ConfigRecord()
+        if answer == "nan":
+            reply.content["arrays"] = from_arrays({"a": np.full(2, np.nan, np.float32)})
+        if answer == "other arrays":
+            reply.content["arrays"] = ArrayRecord({"a": Array("float32", (2,), "pickle", b"12345678")})
+        return reply
 
     return made
 
@@ -46,7 +54,7 @@ def test_the_adapter_arrives_as_the_client_has_it_and_the_ledger_knows() -> None
     ], "one client is asked, once"
 
 
-@pytest.mark.parametrize("bad", ["error", "nothing"])
+@pytest.mark.parametrize("bad", ["error", "nothing", "no config", "nan", "other arrays"])
 def test_another_client_is_asked_if_one_cannot_answer(bad, caplog) -> None:
     assert ask_for_adapter(rounds(app(bad), app())).config == ADAPTER.config
     assert "node 1000: no adapter" in caplog.text

@@ -54,7 +54,8 @@ def test_rounds_that_are_announced_in_a_log_are_recorded_once(tmp_path: Path) ->
     log, path = tmp_path / "flower.log", tmp_path / "rounds.jsonl"
     follower = LogFollower(log, path, seen.append)
     follower.report()
-    text = announced(0) + "INFO: something else\n" + announced(1, loss=5.0)
+    others = f"INFO: something else\nan app says {ANNOUNCED}hello\n{ANNOUNCED}[3]\n{ANNOUNCED}{{}}\n"
+    text = announced(0) + others + announced(1, loss=5.0)
     for end in (10, len(announced(0)), len(text) - 5, len(text)):  # as it is streamed, piece by piece
         log.write_text(text[:end])
         follower.report()

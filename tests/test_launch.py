@@ -24,7 +24,7 @@ def test_flower_processes_do_not_join_a_ray_that_runs_already(monkeypatch: pytes
 def test_a_superlink_that_dies_at_once_is_reported_with_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "superlink_arguments", lambda port: ["--no-such-option"])
+    monkeypatch.setattr(launch, "simulation_arguments", lambda port: ["--no-such-option"])
     superlink = SuperLink(tmp_path / "superlink.log")
     with pytest.raises(LaunchError, match=r"ended with code 2(.|\n)*--no-such-option"), superlink:
         pytest.fail("entered")
@@ -35,7 +35,7 @@ def test_a_superlink_that_dies_at_once_is_reported_with_its_log(
 def test_a_superlink_that_never_answers_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "START_SECONDS", 0.5)
     monkeypatch.setattr(launch, "program", lambda name: sys.executable)
-    monkeypatch.setattr(launch, "superlink_arguments", lambda port: ["-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(launch, "simulation_arguments", lambda port: ["-c", "import time; time.sleep(60)"])
     superlink = SuperLink(tmp_path / "superlink.log")
     with pytest.raises(LaunchError, match="did not answer"), superlink:
         pytest.fail("entered")
