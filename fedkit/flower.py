@@ -16,7 +16,10 @@ from typing import Final
 from flwr.app import Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects  # noqa: TID251
+from flwr.supercore.inflatable.inflatable_object import (  # noqa: TID251
+    get_all_nested_objects,
+    no_object_id_recompute,
+)
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents  # noqa: TID251
 from flwr.supercore.task_identity import TaskIdentity  # noqa: TID251
 
@@ -60,8 +63,9 @@ logging.getLogger("fedkit").setLevel(logging.INFO)
 
 def deflate(message: Message) -> tuple[str, dict[str, bytes]]:
     """Return the id of a message and all its objects, by id, as Flower sends them."""
-    objects = {object_id: item.deflate() for object_id, item in get_all_nested_objects(message).items()}
-    return message.object_id, objects
+    with no_object_id_recompute():  # as Flower does; without it, an object is hashed again for each one around it
+        objects = {object_id: item.deflate() for object_id, item in get_all_nested_objects(message).items()}
+        return message.object_id, objects
 
 
 def inflate(object_id: str, objects: dict[str, bytes]) -> Message:
