@@ -13,30 +13,24 @@ import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from benchmarks.federate import Federation, Reply, arrival, final, run
 from benchmarks.harness import Bench, Row, parser, sources_digest
-from fedkit.clients import ErrorFeedbackMod
+from fedkit.arrays import NamedArrays
 from fedkit.codec.entropy_constrained import EntropyConstrained
 from fedkit.codec.wire import Codec
 from fedkit.config import parse
-from fedkit.flower import task_identity
-from fedkit.message import from_arrays, to_arrays
-from fedkit.rounds import RoundGrid
 from fedkit.strategies import ErrorFeedback
 
 APP = Path(__file__).parents[1] / "examples" / "text_lora"
 SETTINGS = {"learning-rate": 1.5e-3, "local-steps": 8, "text-column": "text_a"}
-FEDAVG, MARGIN, WINDOW = "FedAvg", 0.005, 3
+FEDAVG, MARGIN = "FedAvg", 0.005
 COLUMNS = {
     "arm": "arm",
     "final": "accuracy, last 3 rounds",
@@ -61,71 +55,48 @@ def rates(up: float, down: float) -> Callable[..., FedAvg]:
 ARMS = {f"error feedback, {up} bits up, {down} down": rates(up, down) for up, down in [(0.5, 1.0)]}
 
 
-class ArrivedError(Exception):
-    """The target is reached: nothing more is to be learned from this run."""
-
-
-def run(make: Callable[..., FedAvg], seed: int, num_rounds: int, target: float | None = None) -> Row:
-    """Return accuracy and bytes by round of one run, which ends when it has arrived at `target`."""
+def federation(seed: int) -> Federation:
+    """Return the example's task on SST-2, with a model that is loaded once."""
     sys.path.insert(0, str(APP))
     from text_lora import task
     from text_lora.model import build_model
 
     from fedkit.clients.adapters import get_adapter, set_adapter
-    from tests.helpers.grid import InProcessGrid
 
     defaults = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     data = str(Path(os.environ["FEDKIT_DATA_DIR"]).resolve() / "text" / "sst2")
     config = parse(task.Config, defaults | SETTINGS | {"data": data, "seed": seed})
     model, (_, dev) = build_model(config), task.load_split(config)
     parts = [task.load_partition(config, client) for client in range(config.num_clients)]
-    app, accuracy = ClientApp(mods=[ErrorFeedbackMod()]), []
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:  # the example's, with a model that is loaded once
-        client = int(context.node_config["partition-id"])
-        server_round = message.content.config_records["config"]["server-round"]
-        set_adapter(model, to_arrays(message.content.array_records["arrays"]))
-        chance = task.local_seed(config, int(server_round), client)
-        metrics = task.train(model, parts[client], config, seed=chance)
-        found = MetricRecord({"num-examples": len(parts[client]), **metrics})
-        return Message(RecordDict({"arrays": from_arrays(get_adapter(model)), "metrics": found}), reply_to=message)
+    def train(params: NamedArrays, client: int, server_round: int) -> Reply:
+        set_adapter(model, params)
+        metrics = task.train(model, parts[client], config, seed=task.local_seed(config, server_round, client))
+        return get_adapter(model), {"num-examples": len(parts[client]), **metrics}
 
-    def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        if server_round:
-            set_adapter(model, to_arrays(arrays))
-            accuracy.append(task.evaluate(model, dev, config)["accuracy"])
-            if target is not None and arrival({"accuracy": accuracy}, target):
-                raise ArrivedError
-        return MetricRecord()
+    def accuracy(params: NamedArrays) -> float:
+        set_adapter(model, params)
+        return float(task.evaluate(model, dev, config)["accuracy"])
 
-    everybody = config.num_clients
-    strategy = make(fraction_evaluate=0.0, min_train_nodes=everybody, min_available_nodes=everybody)
-    grid = RoundGrid(InProcessGrid([app] * everybody))
-    with suppress(ArrivedError):
-        strategy.start(grid, from_arrays(get_adapter(model)), num_rounds, evaluate_fn=evaluate)
-    totals = [grid.ledger.round_totals(k) for k in range(1, len(accuracy) + 1)]
-    traffic = {way: np.cumsum([t[f"{way}-bytes"] for t in totals]).tolist() for way in ("uplink", "downlink")}
-    return {"accuracy": accuracy, **traffic}
+    return Federation(get_adapter(model), config.num_clients, train, accuracy)
 
 
-def arrival(row: Row, target: float) -> int | None:
-    """Return the first round whose accuracy, averaged with the two before, is at least `target`."""
-    recent = [mean(row["accuracy"][k - WINDOW : k]) for k in range(WINDOW, len(row["accuracy"]) + 1)]
-    return next((k for k, value in enumerate(recent, WINDOW) if value >= target), None)
+def measure(make: Callable[..., FedAvg], seed: int, num_rounds: int, target: float | None = None) -> Row:
+    """Return accuracy and bytes by round of one run, which ends when it has arrived at `target`."""
+    return run(federation(seed), make, num_rounds, target=target)
 
 
 def target_of(baseline: Row) -> float:
     """Return the accuracy to arrive at."""
-    return mean(baseline["accuracy"][-WINDOW:]) - MARGIN
+    return final(baseline["accuracy"]) - MARGIN
 
 
 def compare(name: str, rows: Sequence[Row], baselines: Sequence[Row]) -> Row:
     """Return the line of one arm: means over the seeds; no bytes if a seed did not arrive."""
-    line: dict[str, Any] = {"arm": name, "final": mean(mean(row["accuracy"][-WINDOW:]) for row in rows)}
+    line: dict[str, Any] = {"arm": name, "final": mean(final(row["accuracy"]) for row in rows)}
     targets = [target_of(row) for row in baselines]
-    mine = [arrival(row, target) for row, target in zip(rows, targets, strict=True)]
-    theirs = [arrival(row, target) for row, target in zip(baselines, targets, strict=True)]
+    mine = [arrival(row["accuracy"], target) for row, target in zip(rows, targets, strict=True)]
+    theirs = [arrival(row["accuracy"], target) for row, target in zip(baselines, targets, strict=True)]
     line["rounds"] = "/".join(map(str, mine))
     if None in mine:
         return line
@@ -151,14 +122,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     code = sources_digest("fedkit", "strategies", "clients", "examples/text_lora")
     found: dict[str, list[Row]] = {name: [] for name in [FEDAVG, *ARMS]}
-    with task_identity(run_id=1, node_id=1):
-        for seed in seeds:
-            params: dict[str, Any] = {"seed": seed, "rounds": rounds, **SETTINGS}
-            baseline = bench.arm(FEDAVG, partial(run, FedAvg, seed, rounds), **params)
-            found[FEDAVG].append(baseline)
-            for name, make in ARMS.items():
-                ours = partial(run, make, seed, 2 * rounds, target_of(baseline))
-                found[name].append(bench.arm(name, ours, **params, code=code))
+    for seed in seeds:
+        params: dict[str, Any] = {"seed": seed, "rounds": rounds, **SETTINGS}
+        baseline = bench.arm(FEDAVG, partial(measure, FedAvg, seed, rounds), **params)
+        found[FEDAVG].append(baseline)
+        for name, make in ARMS.items():
+            ours = partial(measure, make, seed, 2 * rounds, target_of(baseline))
+            found[name].append(bench.arm(name, ours, **params, code=code))
     lines = [compare(name, rows, found[FEDAVG]) for name, rows in found.items()]
     bench.table(f"MiniLM LoRA on SST-2, {rounds} rounds, {len(seeds)} seeds", COLUMNS, lines)
     bench.finish()
