@@ -28,7 +28,7 @@ from typing import Any
 from flwr.serverapp.strategy import FedAvg
 
 from benchmarks import gradient_tasks, text_lora
-from benchmarks.aquila_claims import AQUILA, FEDAVG, LITERAL, TWO_BITS, ZERO, claims, saving
+from benchmarks.aquila_claims import AQUILA, FEDAVG, LITERAL, ZERO, claims, saving
 from benchmarks.federate import Federation, arrival, final, run
 from benchmarks.harness import Bench, Row, parser, sources_digest
 from fedkit.codec.quantize import ZeroMidTread
@@ -102,7 +102,6 @@ def arms(beta: float) -> dict[str, Make]:
     return {
         FEDAVG: FedAvg,
         LITERAL: partial(Aquila.published, beta=beta),
-        # TWO_BITS: partial(Aquila, beta=beta, quantizer=AquilaMidTread(min_bits=2), **dense),
         ZERO: partial(Aquila, beta=beta, quantizer=ZeroMidTread(), **dense),
         AQUILA: Aquila,
     }
