@@ -109,7 +109,9 @@ def arms(beta: float) -> dict[str, Make]:
 
 def measure(task: Task, make: Make, seed: int, num_rounds: int, target: float | None) -> Row:
     """Return one run."""
-    return run(task.federation(seed), make, num_rounds, every=min(task.every, num_rounds // 3), target=target)
+    return run(
+        task.federation(seed), make, num_rounds, every=max(1, min(task.every, num_rounds // 3)), target=target
+    )
 
 
 def compare(name: str, rows: Sequence[Row], targets: Sequence[float]) -> Row:
@@ -134,11 +136,12 @@ def compare(name: str, rows: Sequence[Row], targets: Sequence[float]) -> Row:
 def measure_all(bench: Bench, name: str, task: Task, seeds: Sequence[int], rounds: int) -> dict[str, Row]:
     """Return the lines of one task, by arm."""
     code = sources_digest("fedkit", "strategies", "clients")
-    found: dict[str, list[Row]] = {arm: [] for arm in arms(task.beta)}
+    table = {arm: make for arm, make in arms(task.beta).items() if arm in {FEDAVG, *(bench.options.arms or [arm])}}
+    found: dict[str, list[Row]] = {arm: [] for arm in table}
     targets = []
     for seed in seeds:
         params: dict[str, Any] = {"task": name, "seed": seed, "rounds": rounds}
-        for arm, make in arms(task.beta).items():
+        for arm, make in table.items():
             if arm == FEDAVG:
                 row = bench.arm(arm, partial(measure, task, make, seed, rounds, None), **params)
                 targets.append(task.target(row))
@@ -157,6 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     arguments = parser(__doc__)
     arguments.add_argument("--task", nargs="+", choices=TASKS, help="instead of all, or the digits without --full")
+    arguments.add_argument(
+        "--arms", nargs="+", choices=arms(0.0), metavar="ARM", help="instead of all, besides FedAvg"
+    )
     arguments.add_argument("--rounds", type=int, help="instead of each task's own")
     arguments.add_argument("--seeds", type=int, nargs="+", help="instead of 0 1 2, or 0 without --full")
     options = arguments.parse_args(argv)

@@ -47,7 +47,7 @@ def _bounds(found: Mapping[str, Lines]) -> Iterator[Row]:
         row |= {"accuracy": 100 * (lines[arm]["final"] - lines[FEDAVG]["final"])}
         for way, key in {"paper": "total-paper", "frames": "total"}.items():
             share = lines[arm][key] / lines[baseline][key]
-            row |= {way: f"{100 * share:.1f} %", f"{way}-holds": bool(near and share <= bound)}
+            row |= {way: f"{100 * share:.1f} %", f"{way}-holds": "yes" if near and share <= bound else "no"}
         yield row
 
 
@@ -58,9 +58,8 @@ def _headlines(found: Mapping[str, Lines]) -> Iterator[Row]:
             row = {"claim": f"{task}: {arm}, fewer until target", "bound": f"{low} to {high} %"}
             row |= {"accuracy": 100 * (lines[arm]["final"] - lines[FEDAVG]["final"])}
             for way, key in {"paper": "up-paper", "frames": "up"}.items():
-                value = saving(lines[arm], lines, key)
-                row[way] = "–" if value is None else f"{value:.1f} %"
-                row[f"{way}-holds"] = value is not None and low <= value <= high
+                if (value := saving(lines[arm], lines, key)) is not None:
+                    row |= {way: f"{value:.1f} %", f"{way}-holds": "yes" if low <= value <= high else "no"}
             yield row
 
 

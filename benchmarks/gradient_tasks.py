@@ -55,7 +55,7 @@ def digits(seed: int, batch: int | None) -> Federation:
 
     def train(params: NamedArrays, client: int, server_round: int) -> Reply:
         chosen = draw(parts[client], batch, seed, server_round, client)
-        return step(params, mlp_gradient(params, x[chosen], y[chosen]), DIGITS_RATE)
+        return step(params, *mlp_gradient(params, x[chosen], y[chosen]), DIGITS_RATE)
 
     def accuracy(params: NamedArrays) -> float:
         return float((mlp_output(params, x_test)[1].argmax(1) == y_test).mean())
@@ -79,15 +79,16 @@ def mlp_output(params: NamedArrays, x: NDArray[Any]) -> tuple[NDArray[Any], NDAr
     return hidden, hidden @ params["output.weight"] + params["output.bias"]
 
 
-def mlp_gradient(params: NamedArrays, x: NDArray[Any], y: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
-    """Return the gradient of the mean cross-entropy."""
+def mlp_gradient(params: NamedArrays, x: NDArray[Any], y: NDArray[Any]) -> tuple[float, NamedArrays]:
+    """Return the mean cross-entropy and its gradient."""
     hidden, logits = mlp_output(params, x)
     error = np.exp(logits - logits.max(1, keepdims=True))
     error /= error.sum(1, keepdims=True)
+    loss = -float(np.log(error[np.arange(len(y)), y] + 1e-12).mean())
     error[np.arange(len(y)), y] -= 1
     error /= len(y)
     back = (error @ params["output.weight"].T) * (1 - hidden**2)
-    return {
+    return loss, {
         "hidden.weight": x.T @ back,
         "hidden.bias": back.sum(0),
         "output.weight": hidden.T @ error,
@@ -125,7 +126,8 @@ def cifar(seed: int, dirichlet_alpha: float) -> Federation:
         tensors = {name: torch.tensor(array, requires_grad=True) for name, array in params.items()}
         loss = torch.nn.functional.cross_entropy(cnn_output(tensors, x[chosen]), y[chosen])
         gradients = torch.autograd.grad(loss, list(tensors.values()))
-        return step(params, dict(zip(tensors, [g.numpy() for g in gradients], strict=True)), CIFAR_RATE)
+        by_name = dict(zip(tensors, [gradient.numpy() for gradient in gradients], strict=True))
+        return step(params, float(loss), by_name, CIFAR_RATE)
 
     def accuracy(params: NamedArrays) -> float:
         tensors = {name: torch.from_numpy(array) for name, array in params.items()}
@@ -171,7 +173,7 @@ def draw(
     return np.random.default_rng([seed, server_round, client]).choice(part, batch, replace=False)
 
 
-def step(params: NamedArrays, gradient: NamedArrays, rate: float) -> Reply:
+def step(params: NamedArrays, loss: float, gradient: NamedArrays, rate: float) -> Reply:
     """Return the reply of a client; every client counts the same."""
     local = {name: array - np.float32(rate) * gradient[name] for name, array in params.items()}
-    return local, {"num-examples": 1.0}
+    return local, {"num-examples": 1.0, "train-loss": loss}
