@@ -1,30 +1,42 @@
-"""The client half of AQUILA: quantized innovation, and the rule when not to send it.
+"""The client half of AQUILA and of its baselines: what is sent of an update, and when nothing is.
 
 ====================  ==================================  ==========================
 paper                 meaning                             here
 ====================  ==================================  ==========================
+∇f_m(θ^k)             gradient, times −1                  `update`
 v                     innovation, ∇f_m(θ^k) − q_m         `innovation`
 Δq                    quantized innovation                `coded`
-ε                     quantization error, v − Δq          `innovation` − `coded`
-β/α² ‖θ^k − θ^{k−1}‖²  how much silence is allowed         option ``skip-threshold``
+ε                     quantization error, v − Δq          `error`: ‖ε‖²
 ====================  ==================================  ==========================
 
-The device skips iff ``‖Δq‖² + ‖ε‖² ≤ (β/α²) ‖θ^k − θ^{k−1}‖²``.
+The skip rule is in `fedkit.skipping`. What an update is compared with is the option ``reference``:
+
+============  ==================================================================================
+"accepted"    what the server has from this client: AQUILA, LAQ
+"nothing"     the update itself is sent: QSGD, AdaQuantFL
+"previous"    this client's update of the round before: MARINA, see `fedkit.aggregation.differences`
+============  ==================================================================================
 
 Deviations from the paper
 -------------------------
-The gradient is the update of local training, local − received, so α is 1 here. The server sends the threshold,
-so a device needs no former model and one that missed rounds uses the right one. A client that the server has
-nothing from never skips (the paper's first-round rule, for late joiners too).
+The gradient is the update of local training, local − received, divided by the option ``step-size``: exactly the
+paper's, times −1, after one step of SGD. A client that the server has nothing from never skips (the paper's
+first-round rule, for late joiners too).
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+import struct
+from collections.abc import MutableMapping
+from typing import ClassVar, Final
+
+import numpy as np
 
 from fedkit.arrays import NamedArrays, squared_norm, subtract
-from fedkit.codec.wire import decode
-from fedkit.memory import GENESIS, ClientMemory
+from fedkit.codec.wire import Codec, decode
+from fedkit.memory import GENESIS, ClientMemory, chain
+from fedkit.message import Instructions
+from fedkit.skipping import THRESHOLD, SkipRule
 
 from .base import Coded, Job, UpdateMod
 
@@ -34,16 +46,96 @@ class AquilaMod(UpdateMod):
 
     scheme: ClassVar[str] = "aquila"
 
+    def rewinds(self, instructions: Instructions) -> bool:
+        """Return whether what is remembered changes with a lost upload: not so AQUILA's, which is staged."""
+        return (
+            instructions.options.get("reference") == "previous"
+            or SkipRule.from_options(instructions.options).remembers
+        )
+
     def code(self, update: NamedArrays, job: Job) -> Coded:
-        """Return the innovation as a frame, or a skip if it is too small to be worth it."""
+        """Return what is to be sent of the update as a frame, or a skip if that is not worth it."""
+        step_size = np.float32(job.instructions.options.get("step-size", 1.0))
+        if step_size != 1:
+            update = {name: array / step_size for name, array in update.items()}
+        match job.instructions.options.get("reference"):
+            case "nothing":
+                return Coded(job.instructions.codec.encode(update, rng=job.rng))
+            case "previous":
+                return self._difference(update, job)
+        return self._innovation(update, job)
+
+    def _innovation(self, update: NamedArrays, job: Job) -> Coded:
+        """Return the innovation, or a skip."""
         memory = ClientMemory(job.state, self.scheme, like=update)
         innovation = subtract(update, memory.settle(job.instructions.accepted))
         if squared_norm(innovation) == 0:
             return Coded(None, memory.digest)
         frame = job.instructions.codec.encode(innovation, rng=job.rng)
         coded = decode(frame, like=update)
-        size = squared_norm(coded) + squared_norm(subtract(innovation, coded))
-        if size <= float(job.instructions.options["skip-threshold"]) and memory.digest != GENESIS:
+        error = squared_norm(subtract(innovation, coded))
+        rule = SkipRule.from_options(job.instructions.options)
+        past = Past(job.state, memory.digest) if rule.remembers else None
+        threshold, (last_error, silent) = (
+            float(job.instructions.options[THRESHOLD]),
+            past.now if past else (0.0, 0),
+        )
+        if memory.digest != GENESIS and rule.skips(squared_norm(coded), error, last_error, silent, threshold):
+            if past:
+                past.keep_silent()
             return Coded(None, memory.digest)
         memory.stage(frame)
+        if past:
+            past.upload(chain(memory.digest, frame), error)
         return Coded(frame, memory.digest)
+
+    def _difference(self, update: NamedArrays, job: Job) -> Coded:
+        """Return how much the update differs from that of the round before, or all of it if the server says so.
+
+        Without the one before, or if that did not arrive, nothing.
+        """
+        previous, history = f"{self.scheme}.previous", f"{self.scheme}.history"
+        accepted, base, change = job.instructions.accepted, GENESIS, update
+        known = job.state.get(history) == accepted != GENESIS
+        before = job.state.get(previous)
+        job.state[previous] = Codec().encode(update)
+        if not job.instructions.options.get("whole", False):
+            if not known or before is None:
+                job.state.pop(history, None)
+                return Coded(None)
+            base, change = accepted, subtract(update, decode(before, like=update))
+        frame = job.instructions.codec.encode(change, rng=job.rng)
+        job.state[history] = chain(base, frame)
+        return Coded(frame, base)
+
+
+class Past:
+    """What LAQ's rule needs of the past: the error of the last upload that arrived, and the silence since."""
+
+    _NAME: Final = "aquila.past"
+    _VALUES: Final = struct.Struct("<16sddI")  # history with the last upload, its error, the one before, silence
+
+    def __init__(self, state: MutableMapping[str, bytes], digest: bytes) -> None:
+        self._state = state
+        try:
+            self._history, self._error, self._before, self.silent = self._VALUES.unpack(state[self._NAME])
+        except (KeyError, struct.error):
+            self._history, self._error, self._before, self.silent = GENESIS, 0.0, 0.0, 0
+        if self._history != digest:  # the last upload was lost
+            self._history, self._error = digest, self._before
+
+    @property
+    def now(self) -> tuple[float, int]:
+        """Return ‖ε'‖², and rounds of silence."""
+        return self._error, self.silent
+
+    def keep_silent(self) -> None:
+        """Note a skip."""
+        self._save(self._history, self._error, self._before, self.silent + 1)
+
+    def upload(self, history: bytes, error: float) -> None:
+        """Note an upload, with the history that it makes if it arrives."""
+        self._save(history, error, self._error, 0)
+
+    def _save(self, *values: object) -> None:
+        self._state[self._NAME] = self._VALUES.pack(*values)

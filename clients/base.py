@@ -66,7 +66,10 @@ class UpdateMod(ABC):
     """
 
     scheme: ClassVar[str]
-    rewinds: ClassVar[bool] = False  # whether a lost upload, too, leaves traces in the scheme's state
+
+    def rewinds(self, instructions: Instructions) -> bool:
+        """Return whether a lost upload, too, leaves traces in the scheme's state; see `fedkit.memory.rewind`."""
+        return False
 
     def prepare(self, job: Job) -> NamedArrays:
         """Return the arrays that the app gets; here those that were sent."""
@@ -92,7 +95,7 @@ class UpdateMod(ABC):
                 return _introduction(message, Report(client_id(context), GENESIS, True, held_version(state)))
             parcel = read_parcel(message.content)
             sent = receive(parcel, state)
-            if self.rewinds and message.metadata.message_type == MessageType.TRAIN:
+            if self.rewinds(instructions) and message.metadata.message_type == MessageType.TRAIN:
                 rewind(state, self.scheme, instructions.server_round)
             where.save(state)  # before any training: a disk that is full or read-only must not cost it
             job = Job(client_id(context), sent, parcel.version, instructions, state)

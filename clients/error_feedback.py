@@ -20,6 +20,7 @@ from typing import ClassVar
 
 from fedkit.arrays import NamedArrays, add
 from fedkit.memory import Residual
+from fedkit.message import Instructions
 
 from .base import Coded, Job, UpdateMod
 
@@ -28,7 +29,10 @@ class ErrorFeedbackMod(UpdateMod):
     """Turns the reply into a coded update. The server needs `fedkit.strategies.ErrorFeedback`."""
 
     scheme: ClassVar[str] = "error-feedback"
-    rewinds: ClassVar[bool] = True
+
+    def rewinds(self, instructions: Instructions) -> bool:
+        """Return that they do: what is kept is what was not sent."""
+        return True
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
         """Return the update, with what was not sent before, as a frame."""

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from fedkit.arrays import Mask, NamedArrays, add, flatten_mask, num_values, schema_digest, unflatten
 from fedkit.codec.packing import pack_mask, unpack_mask
 from fedkit.codec.sparsify import density, prune_and_regrow, random_mask
+from fedkit.message import Instructions
 
 from .base import Coded, Job, UpdateMod
 
@@ -34,7 +35,10 @@ class SafariMod(UpdateMod):
     """Turns the reply into a sparse update. The server needs `fedkit.strategies.Safari`."""
 
     scheme: ClassVar[str] = "safari"
-    rewinds: ClassVar[bool] = True
+
+    def rewinds(self, instructions: Instructions) -> bool:
+        """Return that they do: the mask moves, whatever becomes of the upload."""
+        return True
 
     def prepare(self, job: Job) -> NamedArrays:
         """Return what was sent, under the mask if models are sparse."""

@@ -61,6 +61,10 @@ class Asking(FedAvg):
         """Return what this scheme's mod must be told this round."""
         return {}
 
+    def coding(self, server_round: int) -> Codec:
+        """Return how uploads of a round are coded, if the budget has nothing against it; here always the same."""
+        return self.codec
+
     def _adopt(self, grid: Grid, timeout: float) -> RoundGrid:
         grid = grid if isinstance(grid, RoundGrid) else RoundGrid(grid)
         if self._own_limits:
@@ -147,9 +151,9 @@ class Asking(FedAvg):
     def _codecs(self, server_round: int, down: Mapping[int, int]) -> Mapping[int, Codec]:
         """Return how each node that is asked codes its upload; `down`: bytes that nodes are to be sent."""
         if self.budget is None:
-            return dict.fromkeys(down, self.codec)
+            return dict.fromkeys(down, self.coding(server_round))
         return self.budget.codecs(
-            self.codec,
+            self.coding(server_round),
             self.ledger,
             down=down,
             down_later=self.downlink.typical_bytes,

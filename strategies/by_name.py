@@ -19,6 +19,11 @@ STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
     "fedavg": FedAvg,  # Flower's own
     "aquila": Aquila,
     "aquila-published": Aquila.published,
+    "qsgd": Aquila.qsgd,  # this and the next four: what AQUILA is compared with
+    "laq": Aquila.laq,
+    "adaquantfl": Aquila.adaquantfl,
+    "ladaq": Aquila.ladaq,
+    "marina": Aquila.marina,
     "error-feedback": ErrorFeedback,
     "safari": Safari,
     "safari-published": Safari.published,

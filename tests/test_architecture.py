@@ -29,7 +29,7 @@ LAYERS = [  # each may import from its own layer and from those below
     {"fedkit.rounds", "fedkit.faulty"},
     {"fedkit.booking"},
     {"fedkit.broadcast", "fedkit.memory", "fedkit.state", "fedkit.checkpoint", "fedkit.ledger"},
-    {"fedkit.message", "fedkit.parcel"},
+    {"fedkit.message", "fedkit.parcel", "fedkit.skipping"},
     {"fedkit.flower", "fedkit.config", "fedkit.sockets", "fedkit.files"},
     {"fedkit.codec", "fedkit.aggregation", "fedkit.faults", "fedkit.limits", "fedkit.processes"},
     {"fedkit.arrays", "fedkit.errors", "fedkit.assets", "fedkit"},

@@ -11,15 +11,16 @@ q_m         what the server has from m     `LazyState.memory`
 Σ q_m       their sum                      `LazySum.total`, or summed anew from `LazyState`
 Δq_m        quantized innovation           `Upload.arrays`
 θ           model                          `params`
-β           how much silence is allowed    `skip_threshold`'s `beta`
+α           step size                      `step_size`
 ==========  =============================  ==================================================
 
 Deviations from the paper
 -------------------------
-An upload is an update (local − received), which is −α times the paper's gradient, so α is absorbed and
-``θ ← θ + mean``. The mean is weighted by the number of examples unless `weighted` is False. By default the sum
-is taken anew each round over what every client sent, which costs O(clients), never drifts, and lets a client
-leave, weigh more or start anew; the paper's running sum is ``memory="sum"``.
+An upload is an update (local − received) divided by the step size, which is minus the paper's gradient if the
+client took one step of SGD, and is the update itself at the default of 1: ``θ ← θ + α mean``. The mean is weighted
+by the number of examples unless `weighted` is False. By default the sum is taken anew each round over what every
+client sent, which costs O(clients), never drifts, and lets a client leave, weigh more or start anew; the paper's
+running sum is ``memory="sum"``.
 """
 
 from __future__ import annotations
@@ -34,17 +35,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.aggregation.memories import Memories
-from fedkit.aggregation.protocol import Aggregate, Cohort, Upload
-from fedkit.arrays import (
-    NamedArrays,
-    add,
-    check_same_schema,
-    flatten,
-    num_values,
-    squared_norm,
-    subtract,
-    unflatten,
-)
+from fedkit.aggregation.protocol import Aggregate, Cohort, StepSize, Upload, step_at
+from fedkit.arrays import NamedArrays, add, check_same_schema, flatten, num_values, unflatten
 from fedkit.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -166,6 +158,8 @@ class LazyMean:
         By number of examples; False: every client counts the same.
     memory : {"each", "sum"}
         Whether the server remembers what each client sent, or their sum alone; see `fedkit.strategies.Aquila`.
+    step_size : float or callable
+        What the mean is multiplied by, by round if callable.
 
     Raises
     ------
@@ -175,6 +169,7 @@ class LazyMean:
 
     weighted: bool = True
     memory: Memory = "each"
+    step_size: StepSize = field(default=1.0, repr=False)  # two runs of one function have two addresses of it
 
     def __post_init__(self) -> None:
         if self.memory not in ("each", "sum"):
@@ -206,15 +201,11 @@ class LazyMean:
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: LazyState | LazySum
     ) -> Aggregate[LazyState | LazySum]:
-        """Return params + mean of what all clients sent. The state is changed in place."""
+        """Return params + α · mean of what all clients sent. The state is changed in place."""
         for upload in uploads:
             if upload.arrays is not None:
                 check_same_schema(upload.arrays, like=params)
             state.take(upload, upload.num_examples if self.weighted else 1.0)
-        step = unflatten(state.mean(), like=params)
+        size = step_at(self.step_size, cohort.server_round)
+        step = unflatten(size * state.mean(), like=params)
         return Aggregate(add(params, step), state.carried(), {})
-
-
-def skip_threshold(beta: float, params: NamedArrays, previous: NamedArrays | None) -> float:
-    """Return β‖θ^k − θ^{k−1}‖², at or below which an upload is not worth sending; 0 before there is a θ^{k−1}."""
-    return 0.0 if previous is None else beta * squared_norm(subtract(params, previous))

@@ -7,12 +7,12 @@ Data", AISTATS 2017, algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.aggregation.protocol import Aggregate, Cohort, Upload
+from fedkit.aggregation.protocol import Aggregate, Cohort, StepSize, Upload, step_at
 from fedkit.arrays import Mask, NamedArrays, add, flatten, num_values, unflatten, zeros_like
 
 
@@ -21,6 +21,7 @@ class Mean:
     """Steps along the mean of the updates that arrived, one of them in memory at a time."""
 
     weighted: bool = True  # by number of examples; False: every client counts the same
+    step_size: StepSize = field(default=1.0, repr=False)  # what the mean is multiplied by, by round if callable
 
     def init(self, params: NamedArrays) -> None:
         """Return nothing: there is nothing to remember."""
@@ -28,19 +29,26 @@ class Mean:
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: None
     ) -> Aggregate[None]:
-        """Return params + mean of the uploads."""
-        total, sums = 0.0, np.zeros(num_values(params), np.float64)
-        scaled = np.empty_like(sums)
-        for upload in uploads:
-            if upload.arrays is not None:
-                weight = upload.num_examples if self.weighted else 1.0
-                total += weight
-                scaled[:] = flatten(upload.arrays)
-                scaled *= weight
-                sums += scaled
-        if total:
-            sums /= total
-        return Aggregate(add(params, unflatten(sums.astype(np.float32), like=params)), None, {})
+        """Return params + α · mean of the uploads."""
+        mean = mean_of(uploads, self.weighted, like=params)
+        size = step_at(self.step_size, cohort.server_round)
+        return Aggregate(add(params, unflatten(size * mean, like=params)), None, {})
+
+
+def mean_of(uploads: Iterable[Upload], weighted: bool, *, like: NamedArrays) -> NDArray[np.float32]:
+    """Return the mean of the uploads as one vector, zeros if there are none."""
+    total, sums = 0.0, np.zeros(num_values(like), np.float64)
+    scaled = np.empty_like(sums)
+    for upload in uploads:
+        if upload.arrays is not None:
+            weight = upload.num_examples if weighted else 1.0
+            total += weight
+            scaled[:] = flatten(upload.arrays)
+            scaled *= weight
+            sums += scaled
+    if total:
+        sums /= total
+    return sums.astype(np.float32)
 
 
 def weighted_mean(

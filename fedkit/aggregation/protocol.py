@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+
+import numpy as np
 
 from fedkit.arrays import Mask, NamedArrays
+from fedkit.errors import ConfigError
 
 S = TypeVar("S")
+
+StepSize: TypeAlias = float | Callable[[int], float]
+"""α, or the function from the round to it."""
+
+
+def step_at(step_size: StepSize, server_round: int) -> np.float32:
+    """Return the step size of a round; raises ConfigError unless it is above 0."""
+    size = np.float32(step_size(server_round) if callable(step_size) else step_size)
+    if not 0 < size < np.inf:
+        raise ConfigError(f"step_size: expected a number above 0, got {size} in round {server_round}.")
+    return size
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,22 +101,25 @@ class MidTreadGroup(ScaledGroup):
 
 @dataclass(frozen=True, slots=True)
 class AquilaMidTread:
-    """AQUILA's quantizer as published: 2^b levels from −R to R, none of them zero, b = b*.
+    """AQUILA's quantizer as published: 2^b levels from −R to R, none of them zero, b = b* within the bounds.
+
+    With both bounds the same it is LAQ's.
 
     Law: every entry errs by at most τR, half a step.
     """
 
     max_bits: int = MAX_BITS
+    min_bits: int = 1
     per_array: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_bits(1, self.max_bits)
+        check_bits(self.min_bits, self.max_bits)
 
     def quantize(self, parts: Sequence[NDArray[np.float32]], rng: np.random.Generator) -> Quantized:
         """Return ``ψ = ⌊(v + R) / (2 τ R) + 1/2⌋``, clipped to 0..2^b − 1."""
         values = join(parts)
         scale = float(np.abs(values).max(initial=0))
-        bits = adaptive_bits(values, 1, self.max_bits)
+        bits = adaptive_bits(values, self.min_bits, self.max_bits)
         if bits == 0:
             return Quantized(MidRiseGroup(0, 0.0, values.size), _no_levels(values))
         step = 2 * scale / (2**bits - 1)

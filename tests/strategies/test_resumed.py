@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from fedkit.errors import CrashError
 from fedkit.memory import rewind
 from fedkit.message import to_arrays
 from fedkit.rounds import RoundGrid
+from fedkit.skipping import SkipRule
 from fedkit.state import STATE_DIR
 from fedkit.strategies import Aquila, ErrorFeedback, Safari, Tac
 from tests.helpers.grid import InProcessGrid, VirtualTime
@@ -21,11 +23,13 @@ SCHEMES = {
     "aquila": (Aquila, {"beta": 0.3}),
     "aquila, dense downlink": (Aquila, {"downlink": None}),
     "aquila, one sum": (Aquila, {"memory": "sum"}),
+    "laq": (partial(Aquila.laq, rule=SkipRule.laq(weight=0.5, patience=2)), {}),
     "error-feedback": (ErrorFeedback, {}),
     "safari": (Safari, {}),
     "safari, published": (Safari.published, {}),
     "tac": (Tac, {"num_clusters": 2}),
 }
+MARINA = (partial(Aquila.marina, whole=0.3), {})  # needs everybody
 
 
 class Crashing:
@@ -62,22 +66,25 @@ def run(scheme, folder, *, nodes, crash_round=None, fraction=1.0):
     return np.concatenate([a.ravel() for a in to_arrays(result.arrays).values()]), frames
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
-@pytest.mark.parametrize("name", SCHEMES)
+EVERYBODY_OR_HALF = [(name, fraction) for name in SCHEMES for fraction in (1.0, 0.5)]
+
+
+@pytest.mark.parametrize(("name", "fraction"), [*EVERYBODY_OR_HALF, ("marina", 1.0)])
 def test_a_round_that_is_run_again_leaves_no_trace(name, fraction, tmp_path, monkeypatch):
     monkeypatch.setenv(STATE_DIR, str(tmp_path / "whole-clients"))
-    params, frames = run(SCHEMES[name], tmp_path / "whole", nodes=1000, fraction=fraction)
+    scheme = SCHEMES.get(name, MARINA)
+    params, frames = run(scheme, tmp_path / "whole", nodes=1000, fraction=fraction)
     monkeypatch.setenv(STATE_DIR, str(tmp_path / "clients"))
     for attempt, crash_round in enumerate((1, 3, 3)):
         with pytest.raises(CrashError):
             run(
-                SCHEMES[name],
+                scheme,
                 tmp_path / "crashed",
                 nodes=2000 + 10 * attempt,
                 crash_round=crash_round,
                 fraction=fraction,
             )
-    again, sent = run(SCHEMES[name], tmp_path / "crashed", nodes=3000, fraction=fraction)
+    again, sent = run(scheme, tmp_path / "crashed", nodes=3000, fraction=fraction)
     np.testing.assert_array_equal(again, params)
     assert sent == frames
     rows = [json.loads(line) for line in (tmp_path / "crashed/rounds.jsonl").read_text().splitlines()]

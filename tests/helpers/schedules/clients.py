@@ -84,7 +84,7 @@ class Clients:
         if parcel.base != GENESIS and held.version not in steps:
             return None
         instructions = read_instructions(message)
-        rewinds = getattr(MODS[self.scheme], "rewinds", False)  # of schemes that keep what was lost
+        rewinds = MODS[self.scheme]().rewinds(instructions)  # schemes that keep what was lost
         if not rewinds or message.metadata.message_type != MessageType.TRAIN:
             return replace(held, version=parcel.version)
         before = held
