@@ -28,10 +28,23 @@ from typing import Any
 from flwr.serverapp.strategy import FedAvg
 
 from benchmarks import gradient_tasks, text_lora
-from benchmarks.aquila_claims import AQUILA, FEDAVG, LITERAL, ZERO, claims, saving
+from benchmarks.aquila_claims import (
+    ADAQUANT,
+    AQUILA,
+    FEDAVG,
+    LADAQ,
+    LAQ,
+    LITERAL,
+    MARINA,
+    QSGD,
+    TWO_BITS,
+    ZERO,
+    claims,
+    saving,
+)
 from benchmarks.federate import Federation, arrival, final, run
 from benchmarks.harness import Bench, Row, parser, sources_digest
-from fedkit.codec.quantize import ZeroMidTread
+from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.strategies import Aquila
 
 Make = Callable[..., FedAvg]
@@ -97,13 +110,19 @@ TASKS = {
 
 
 def arms(beta: float) -> dict[str, Make]:
-    """Return the strategies by name; what a strategy is made of is all that an arm decides."""
+    """Return the strategies by name; all that an arm decides, sub-models too, is an option of its strategy."""
     dense = {"weighted": False, "downlink": None}
     return {
         FEDAVG: FedAvg,
         LITERAL: partial(Aquila.published, beta=beta),
+        TWO_BITS: partial(Aquila, beta=beta, quantizer=AquilaMidTread(min_bits=2), **dense),
         ZERO: partial(Aquila, beta=beta, quantizer=ZeroMidTread(), **dense),
         AQUILA: Aquila,
+        QSGD: partial(Aquila.qsgd, bits=5),  # 4 and the sign
+        ADAQUANT: Aquila.adaquantfl,
+        LAQ: Aquila.laq,
+        LADAQ: Aquila.ladaq,
+        MARINA: partial(Aquila.marina, bits=5),
     }
 
 
