@@ -23,6 +23,7 @@ from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError
 
+from .asking import Part
 from .base import UpdateStrategy
 
 
@@ -45,6 +46,9 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
         clients; a client's weight stays that of its first upload, nobody can be taken out, and once a client that
         is in the sum has lost its memory, all start anew: each uploads against zeros, and until it has, counts
         for nothing. Meant for clients that keep their memory on disk.
+    gap : bool
+        Whether to report how far LoRA factors are from the mean of the products, as the metric ``lora-gap``
+        (`fedkit.aggregation.lora`); with "each", and about the cost of another mean.
     **options
         As in `UpdateStrategy`.
     """
@@ -59,11 +63,14 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
         quantizer: Quantizer | None = None,
         weighted: bool = True,
         memory: Memory = "each",
+        gap: bool = False,
         **options: Any,
     ) -> None:
         if not beta >= 0:
             raise ConfigError(f"beta must be at least 0, got {beta}.")
-        super().__init__(LazyMean(weighted, memory), Codec(quantizer or ZeroMidTread()), **options)
+        super().__init__(LazyMean(weighted, memory, gap), Codec(quantizer or ZeroMidTread()), **options)
+        if memory == "sum" and self.parts.differ:
+            raise ConfigError("submodels: not with memory='sum', which does not say who holds what. Use 'each'.")
         self.beta = beta
         self._previous: NamedArrays | None = None
 
@@ -83,16 +90,16 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
         self.state = self.aggregator.recall(params, saved["aggregation"], folder and folder / "memories")
         self.registry.accepted, self._previous = dict(self.state.digests), saved["previous"]
 
-    def options(self, params: NamedArrays) -> Mapping[str, Scalar]:
-        """Return the skip threshold, and remember the parameters for the next one."""
-        threshold = skip_threshold(self.beta, params, self._previous)
-        self._previous = params
-        return {"skip-threshold": threshold}
+    def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
+        """Return the skip threshold, over what a node sends updates of."""
+        previous = None if self._previous is None else part(self._previous)
+        return {"skip-threshold": skip_threshold(self.beta, part(params), previous)}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the new arrays and metrics, and let start anew whoever is not in the memory any more."""
         result = super().aggregate_train(server_round, replies)
+        self._previous = self._params  # for the next threshold
         self.registry.accepted = dict(self.state.digests)
         return result

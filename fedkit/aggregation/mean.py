@@ -7,13 +7,18 @@ Data", AISTATS 2017, algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkit.aggregation.lora import LORA_GAP, Products
 from fedkit.aggregation.protocol import Aggregate, Cohort, Upload
 from fedkit.arrays import Mask, NamedArrays, add, flatten, num_values, unflatten, zeros_like
+
+Total: TypeAlias = float | NDArray[np.float64]
+"""The sum of the weights: of all clients, or entry by entry of those that hold it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +26,9 @@ class Mean:
     """Steps along the mean of the updates that arrived, one of them in memory at a time."""
 
     weighted: bool = True  # by number of examples; False: every client counts the same
+    gap: bool = field(
+        default=False, repr=False
+    )  # whether to measure that of LoRA factors; see `fedkit.aggregation.lora`
 
     def init(self, params: NamedArrays) -> None:
         """Return nothing: there is nothing to remember."""
@@ -28,19 +36,29 @@ class Mean:
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: None
     ) -> Aggregate[None]:
-        """Return params + mean of the uploads."""
-        total, sums = 0.0, np.zeros(num_values(params), np.float64)
+        """Return params + mean of the uploads, of each entry over the clients that hold it."""
+        total: Total = 0.0
+        sums = np.zeros(num_values(params), np.float64)
         scaled = np.empty_like(sums)
+        products = Products(params) if self.gap else None
         for upload in uploads:
             if upload.arrays is not None:
                 weight = upload.num_examples if self.weighted else 1.0
-                total += weight
+                total = total + weight * cohort.owned.get(upload.submodel, 1.0)
                 scaled[:] = flatten(upload.arrays)
                 scaled *= weight
                 sums += scaled
-        if total:
-            sums /= total
-        return Aggregate(add(params, unflatten(sums.astype(np.float32), like=params)), None, {})
+                if products:
+                    products.add(weight, cohort.sent[upload.node_id], upload.arrays)
+        new = add(params, unflatten(divided(sums, total).astype(np.float32), like=params))
+        return Aggregate(new, None, {LORA_GAP: products.gap(new)} if products else {})
+
+
+def divided(sums: NDArray[np.float64], total: Total) -> NDArray[np.float64]:
+    """Return sums / total, in place; zero where the total is, for nobody has a say there."""
+    if isinstance(total, float):
+        return np.divide(sums, total, out=sums) if total else sums
+    return np.divide(sums, total, out=sums, where=total > 0)
 
 
 def weighted_mean(
