@@ -85,7 +85,7 @@ class Asking(FedAvg):
     def _check_composition(self, downlink: Downlink) -> None:
         """Raise ConfigError, with the reason, for options that do not compose."""
         name, lora = type(self).__name__, self.parts.lora
-        wanted = [lora] if lora != "factors" else []
+        wanted: list[str] = [lora] if lora != "factors" else []
         wanted += ["submodels"] if self.parts.differ else []
         for option in wanted:
             if option in self.refused:

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.aggregation.lora import LORA_GAP, Products
-from fedkit.aggregation.mean import Total, divided
+from fedkit.aggregation.mean import Total, divided, plus
 from fedkit.aggregation.memories import Memories
 from fedkit.aggregation.protocol import Aggregate, Cohort, Upload
 from fedkit.arrays import (
@@ -109,14 +109,14 @@ class LazyState:
         self.weights.pop(client_id, None)
         self.submodels.pop(client_id, None)
 
-    def clients(self, owned: Owned) -> Iterator[tuple[float, NDArray[np.float32], NDArray[np.bool_] | float]]:
-        """Yield each client's weight, what it sent, and which entries it holds (1: all); one at a time."""
+    def clients(self, owned: Owned) -> Iterator[tuple[float, NDArray[np.float32], NDArray[np.bool_] | None]]:
+        """Yield each client's weight, what it sent, and which entries it holds (None: all); one at a time."""
         for name in self.memory:
             vector = self.memory.vector(name)
             if vector is None:  # its file was lost since
                 self.weights.pop(name, None)
                 continue
-            yield self.weights[name], vector, owned.get(self.submodels.get(name, ""), 1.0)
+            yield self.weights[name], vector, owned.get(self.submodels.get(name, ""))
 
     def mean(self, owned: Owned = NO_PARTS) -> NDArray[np.float32]:
         """Return the weighted mean, of each entry over the clients that hold it; zero where there is none."""
@@ -124,7 +124,7 @@ class LazyState:
         sums = np.zeros(self.memory.num_values, np.float64)
         scaled = np.empty_like(sums)
         for weight, vector, own in self.clients(owned):
-            total = total + weight * own
+            total = plus(total, weight, own)
             scaled[:] = vector
             scaled *= weight
             sums += scaled
@@ -238,7 +238,8 @@ class LazyMean:
         if self.gap and isinstance(state, LazyState):
             products, now = Products(params), flatten(params)
             for weight, vector, own in state.clients(cohort.owned):
-                products.add(weight, unflatten((now * own).astype(np.float32) + vector, like=params))
+                held = now if own is None else now * own
+                products.add(weight, unflatten(held + vector, like=params))
             metrics[LORA_GAP] = products.gap(new)
         return Aggregate(new, state.carried(), metrics)
 

@@ -44,7 +44,7 @@ class Mean:
         for upload in uploads:
             if upload.arrays is not None:
                 weight = upload.num_examples if self.weighted else 1.0
-                total = total + weight * cohort.owned.get(upload.submodel, 1.0)
+                total = plus(total, weight, cohort.owned.get(upload.submodel))
                 scaled[:] = flatten(upload.arrays)
                 scaled *= weight
                 sums += scaled
@@ -52,6 +52,11 @@ class Mean:
                     products.add(weight, cohort.sent[upload.node_id], upload.arrays)
         new = add(params, unflatten(divided(sums, total).astype(np.float32), like=params))
         return Aggregate(new, None, {LORA_GAP: products.gap(new)} if products else {})
+
+
+def plus(total: Total, weight: float, own: NDArray[np.bool_] | None) -> Total:
+    """Return the total with one client's weight, where it holds something; None: everywhere."""
+    return total + (weight if own is None else weight * own.astype(np.float64))
 
 
 def divided(sums: NDArray[np.float64], total: Total) -> NDArray[np.float64]:
