@@ -145,7 +145,11 @@ class Asking(FedAvg):
         It does where some are chosen, by client; where they hold different parts of the model; and where a known
         client is missing, which may have come back.
         """
-        unknown = [node_id for node_id in grid.ready(node_ids, server_round) if not self.registry.knows(node_id)]
+        unknown = [
+            node_id
+            for node_id in grid.ready(node_ids, server_round)
+            if not self.registry.knows(node_id) or self.parts.unknown(node_id, self.registry.submodels)
+        ]
         matters = sampling or self.parts.differ or self.progress.before or self.registry.absent(node_ids)
         if not unknown or not matters:
             return

@@ -94,6 +94,10 @@ class Parts:
             self._owned[name] = flatten_mask(owned(self._up[name], like=self._like))
         self._schema = schema_digest(params)
 
+    def unknown(self, node_id: int, said: Mapping[int, str]) -> bool:
+        """Return whether a node must be asked which part it holds."""
+        return self.differ and said.get(node_id) not in self.cuts
+
     def names(self, node_ids: Iterable[int], said: Mapping[int, str]) -> list[int]:
         """Return the nodes of which `said` has the name of a part; log the others."""
         if not self.differ:

@@ -84,6 +84,7 @@ class Registry:
         """
         node_id = reply.metadata.src_node_id
         self.versions.pop(node_id, None)
+        self.submodels.pop(node_id, None)  # an error may mean that it holds another part now
         report = read_report(content_of(reply))
         restore_metrics(reply.content)
         self.versions[node_id] = report.version
