@@ -211,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--task", choices=["digits", "sst2"], default="digits", help="(%(default)s)")
     arguments.add_argument("--rounds", type=int, help="instead of 12, or 2 without --full")
     arguments.add_argument("--seeds", type=int, nargs="+", help="instead of 0 1 2, or 0 without --full")
+    arguments.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="instead of all")
     arguments.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
     options = arguments.parse_args(argv)
     if options.task == "sst2" and "FEDKIT_DATA_DIR" not in os.environ:
@@ -219,11 +220,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds = options.rounds or (12 if bench.full else 2)
     rates = options.rates or ([0.005, 0.002, 0.01] if bench.full else [0.005])
     code = sources_digest("fedkit", "strategies", "clients", f"examples/{Task(options.task, 0, 0.0).folder}")
-    found: dict[str, list[Row]] = {name: [] for name in ARMS}
+    found: dict[str, list[Row]] = {name: [] for name in options.arms}
     with task_identity(run_id=1, node_id=1):
         for rate in rates:
             for seed in options.seeds or ([0, 1, 2] if bench.full else [0]):
-                for name, (make, ranks) in ARMS.items():
+                for name in options.arms:
+                    make, ranks = ARMS[name]
                     measure = partial(
                         run, Task(options.task, seed, rate), make, ranks, rounds, frozen="frozen" in name
                     )

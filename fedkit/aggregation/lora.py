@@ -123,11 +123,12 @@ def factors(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return B and A of rank `r` with the product nearest to a sum of products; exact if its rank is at most `r`.
 
-    The rows of A are orthogonal and all as long as those of `before` are on average; the singular values go to B
-    alone. So A is as large as training began with, however small the product is, and a component whose singular
-    value is small, or zero, can still grow: its column of B gets gradients through a row of A of full length.
-    (With the square root of σ on either side both would vanish together.) The leading components come first, for
-    clients that take fewer.
+    The rows of A are orthogonal. Row and column of a component have the same length, √σ, unless that is less than
+    the rows of `before` have: then the row keeps their length, and the column takes the rest. So a component whose
+    σ is small, or zero, can still grow, for its column gets gradients through a row of full length; with √σ on
+    either side both would vanish together. And one whose σ is large trains as steadily as factors can; with all of
+    σ in B, gradient descent on A takes steps σ times too long. The leading components come first, for clients that
+    take fewer.
 
     Parameters
     ----------
@@ -136,16 +137,18 @@ def factors(
     r : int
         How many rows A shall have.
     before : NDArray[np.float32]
-        A of before: says how long the rows are, and fills those that the product does not determine, whose
-        columns of B are zero.
+        A of before: says how long rows are at least, as its shortest that is not zero, and fills those that the
+        product does not determine, whose columns of B are zero.
     """
     u, sigma, vt = product.svd()
     kept = min(r, sigma.size)
     rows = before.reshape(r, -1).astype(np.float64)
-    length = float(np.sqrt(np.square(rows).sum(axis=1).mean())) or 1.0
+    lengths = np.linalg.norm(rows, axis=1)
+    length = lengths[lengths > 0].min(initial=np.inf) if lengths.any() else 1.0
+    each = np.maximum(length, np.sqrt(sigma[:kept]))
     b, a = np.zeros((product.size[0], r)), np.zeros((r, product.size[1]))
-    b[:, :kept] = u[:, :kept] * sigma[:kept] / length
-    a[:kept] = vt[:kept] * length
+    b[:, :kept] = u[:, :kept] * sigma[:kept] / each
+    a[:kept] = vt[:kept] * each[:, None]
     if kept < r:
         a[kept:] = _completion(vt[:kept], rows, r - kept) * length
     signs = np.where(np.einsum("ij,ij->i", a, rows) < 0, -1.0, 1.0)  # those of before, so that A turns the least

@@ -14,9 +14,9 @@ SVD(W_g)    U, Σ, V, truncated                   `fedkit.aggregation.lora.facto
 
 Deviations from the paper
 -------------------------
-B is UΣ divided by the length of A's rows, which stay as long as they were, not UΣ with orthonormal rows: see
-`factors`. No matrix of a layer's size is made unless it is smaller than the factors (`ProductSum`). Arrays other
-than LoRA factors are averaged.
+The singular values are split between B and A, and the rows of A never get shorter than they began: see `factors`.
+No matrix of a layer's size is made unless it is smaller than the factors (`ProductSum`). Arrays other than LoRA
+factors are averaged.
 """
 
 from __future__ import annotations

@@ -66,8 +66,9 @@ def test_factors_are_the_nearest_of_their_rank(num):
         total.add(1.0, each[B], each[A])
     b, a = factors(total, 4, arrays[0][A])
     np.testing.assert_allclose(b @ a, nearest(sum(map(product, arrays)), 4), atol=1e-5)
-    length = np.sqrt(np.square(arrays[0][A]).sum(axis=1).mean())
-    np.testing.assert_allclose(np.linalg.norm(a, axis=1), length, rtol=1e-5)
+    shortest, sigma = np.linalg.norm(arrays[0][A], axis=1).min(), total.svd()[1][:4]
+    np.testing.assert_allclose(np.linalg.norm(a, axis=1), np.maximum(shortest, np.sqrt(sigma)), rtol=1e-5)
+    np.testing.assert_allclose(a @ a.T, np.diag(np.diag(a @ a.T)), atol=1e-4)
 
 
 def test_leading_components_come_first():

@@ -12,7 +12,7 @@ from fedkit.memory import rewind
 from fedkit.message import to_arrays
 from fedkit.rounds import RoundGrid
 from fedkit.state import STATE_DIR
-from fedkit.strategies import Aquila, ErrorFeedback, Safari, Tac
+from fedkit.strategies import Aquila, ErrorFeedback, Plain, Safari, Tac
 from tests.helpers.grid import InProcessGrid, VirtualTime
 from tests.helpers.quadratic import client_app, initial, targets
 
@@ -21,6 +21,8 @@ SCHEMES = {
     "aquila": (Aquila, {"beta": 0.3}),
     "aquila, dense downlink": (Aquila, {"downlink": None}),
     "aquila, one sum": (Aquila, {"memory": "sum"}),
+    "aquila, own B": (Aquila, {"downlink": None, "lora": "fedsa"}),
+    "plain, products": (Plain, {"downlink": None, "lora": "product"}),
     "error-feedback": (ErrorFeedback, {}),
     "safari": (Safari, {}),
     "safari, published": (Safari.published, {}),
