@@ -32,7 +32,6 @@ from benchmarks.aquila_claims import (
     ADAQUANT,
     AQUILA,
     FEDAVG,
-    LADAQ,
     LAQ,
     LITERAL,
     MARINA,
@@ -44,8 +43,9 @@ from benchmarks.aquila_claims import (
 )
 from benchmarks.federate import Federation, arrival, final, run
 from benchmarks.harness import Bench, Row, parser, sources_digest
+from fedkit.codec.baselines import Qsgd
 from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
-from fedkit.strategies import Aquila
+from fedkit.strategies import Aquila, Marina, Plain
 
 Make = Callable[..., FedAvg]
 UNTIL = {
@@ -118,11 +118,10 @@ def arms(beta: float) -> dict[str, Make]:
         TWO_BITS: partial(Aquila, beta=beta, quantizer=AquilaMidTread(min_bits=2), **dense),
         ZERO: partial(Aquila, beta=beta, quantizer=ZeroMidTread(), **dense),
         AQUILA: Aquila,
-        QSGD: partial(Aquila.qsgd, bits=5),  # 4 and the sign
-        ADAQUANT: Aquila.adaquantfl,
+        QSGD: partial(Plain.qsgd, bits=5),  # 4 and the sign
+        ADAQUANT: Plain.adaquantfl,
         LAQ: Aquila.laq,
-        LADAQ: Aquila.ladaq,
-        MARINA: partial(Aquila.marina, bits=5),
+        MARINA: partial(Marina, quantizer=Qsgd(5)),
     }
 
 

@@ -14,7 +14,7 @@ from benchmarks.harness import Row
 
 FEDAVG, AQUILA = "FedAvg", "Aquila(), as it comes"
 LITERAL, TWO_BITS, ZERO = "AQUILA as published", "AQUILA, 2 bits or more", "AQUILA, grid with a zero"
-QSGD, ADAQUANT, LAQ, LADAQ, MARINA = "QSGD", "AdaQuantFL", "LAQ", "LAdaQ", "MARINA"
+QSGD, ADAQUANT, LAQ, MARINA = "QSGD", "AdaQuantFL", "LAQ", "MARINA"
 
 BASELINES = (QSGD, ADAQUANT, LAQ, MARINA)
 ALL, BATCHES = "digits, all examples", "digits, batches of 32"

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from fedkit.adapter import CONFIG_NAME, Adapter
 from fedkit.arrays import NamedArrays, check_same_schema
+from fedkit.submodels import is_factor
 
 
 def get_adapter(model: PeftModel) -> dict[str, NDArray[np.float32]]:
@@ -30,6 +31,13 @@ def get_adapter(model: PeftModel) -> dict[str, NDArray[np.float32]]:
         name: value.detach().to(device="cpu", dtype=torch.float32, copy=True).numpy()
         for name, value in state.items()
     }
+
+
+def freeze_lora_a(model: PeftModel) -> None:
+    """Freeze every lora_A of the active adapter, as a server with ``lora="ffa"`` asks."""
+    for name, parameter in model.named_parameters():
+        if is_factor(name, "lora_A"):
+            parameter.requires_grad_(False)
 
 
 def describe(model: PeftModel) -> Adapter:

@@ -35,7 +35,7 @@ import numpy as np
 from fedkit.arrays import NamedArrays, squared_norm, subtract
 from fedkit.codec.wire import Codec, decode
 from fedkit.memory import GENESIS, ClientMemory, chain
-from fedkit.message import Instructions
+from fedkit.message import STEP_SIZE, Instructions
 from fedkit.skipping import THRESHOLD, SkipRule
 
 from .base import Coded, Job, UpdateMod
@@ -55,7 +55,7 @@ class AquilaMod(UpdateMod):
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
         """Return what is to be sent of the update as a frame, or a skip if that is not worth it."""
-        step_size = np.float32(job.instructions.options.get("step-size", 1.0))
+        step_size = np.float32(job.instructions.options.get(STEP_SIZE, 1.0))
         if step_size != 1:
             update = {name: array / step_size for name, array in update.items()}
         match job.instructions.options.get("reference"):

@@ -18,6 +18,7 @@ from fedkit.errors import FedkitError
 from fedkit.flower import ClientAppCallable, refusal
 from fedkit.memory import GENESIS, rewind
 from fedkit.message import (
+    LORA,
     Instructions,
     Report,
     client_id,
@@ -25,11 +26,14 @@ from fedkit.message import (
     from_arrays,
     read_instructions,
     read_scheme,
+    submodel_of,
     to_arrays,
     write_report,
 )
 from fedkit.parcel import read_parcel
 from fedkit.state import ClientState, State
+
+from .shares import completed, keep, shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +96,17 @@ class UpdateMod(ABC):
             where = ClientState(context, instructions.experiment)
             state = where.load()
             if instructions.introduce:
-                return _introduction(message, Report(client_id(context), GENESIS, True, held_version(state)))
+                who = Report(client_id(context), GENESIS, True, held_version(state), submodel_of(context))
+                return _introduction(message, who)
             parcel = read_parcel(message.content)
             sent = receive(parcel, state)
-            if self.rewinds(instructions) and message.metadata.message_type == MessageType.TRAIN:
+            lora = str(instructions.options.get(LORA, ""))
+            rewinds = self.rewinds(instructions) or lora == "fedsa"
+            if rewinds and message.metadata.message_type == MessageType.TRAIN:
                 rewind(state, self.scheme, instructions.server_round)
             where.save(state)  # before any training: a disk that is full or read-only must not cost it
             job = Job(client_id(context), sent, parcel.version, instructions, state)
-            given = self.prepare(job)
+            given = completed(self.prepare(job), lora, state, self.scheme)
             (key,) = message.content.array_records
             message.content[key] = from_arrays(given)
             reply = call_next(message, context)
@@ -107,7 +114,8 @@ class UpdateMod(ABC):
                 coded = Coded(None)
                 if message.metadata.message_type == MessageType.TRAIN:
                     coded = self._code_reply(reply.content, given, job)
-                report = Report(job.client_id, coded.base, coded.frame is None, job.version, coded.options)
+                options = {**coded.options, **submodel_of(context)}
+                report = Report(job.client_id, coded.base, coded.frame is None, job.version, options)
                 write_report(reply.content, report)
                 where.save(state)
         except FedkitError as error:
@@ -123,7 +131,9 @@ class UpdateMod(ABC):
         start = self.start_of(local, given)
         check_same_schema(local, like=start)
         check_finite(local)
-        coded = self.code(subtract(local, start), job)
+        lora = str(job.instructions.options.get(LORA, ""))
+        coded = self.code(subtract(*shared(local, start, lora)), job)
+        keep(local, lora, job.state, self.scheme)
         if coded.frame is None:
             del content[key]
         else:

@@ -29,6 +29,7 @@ FRAME: Final = "frame"  # the name of the one Array of a message
 FEDKIT: Final = "fedkit"  # the ConfigRecord of a reply
 
 SERVER_ROUND: Final = "server-round"
+STEP_SIZE: Final = "step-size"  # of `Aquila` and others; for the app, and among the options
 SCHEME: Final = "fedkit-scheme"
 CODEC: Final = "fedkit-codec"
 ACCEPTED: Final = "fedkit-accepted"
@@ -39,6 +40,8 @@ OPTION_PREFIX: Final = "fedkit-option-"
 CLIENT_ID: Final = "client-id"
 BASE: Final = "base"
 VERSION: Final = "version"
+SUBMODEL: Final = "submodel"  # of a node's config, and an option of its reports
+LORA: Final = "lora"  # an option of instructions: what of LoRA factors stays on the client
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +204,11 @@ def client_id(context: Context) -> str:
         if key in context.node_config:
             return str(context.node_config[key])
     return str(context.node_id)
+
+
+def submodel_of(context: Context) -> dict[str, Scalar]:
+    """Return what a report says of the part of the model that this client holds: what the node config names."""
+    return {SUBMODEL: str(context.node_config[SUBMODEL])} if SUBMODEL in context.node_config else {}
 
 
 def _write_options(config: ConfigRecord, options: Mapping[str, Scalar]) -> None:

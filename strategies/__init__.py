@@ -7,7 +7,21 @@ from .base import UpdateStrategy
 from .budget import Budget
 from .by_name import STRATEGIES, build
 from .error_feedback import ErrorFeedback
+from .marina import Marina
+from .plain import Plain
 from .safari import Safari
 from .tac import Tac
 
-__all__ = ["STRATEGIES", "Aquila", "Budget", "ErrorFeedback", "Limits", "Safari", "Tac", "UpdateStrategy", "build"]
+__all__ = [
+    "STRATEGIES",
+    "Aquila",
+    "Budget",
+    "ErrorFeedback",
+    "Limits",
+    "Marina",
+    "Plain",
+    "Safari",
+    "Tac",
+    "UpdateStrategy",
+    "build",
+]

@@ -1,4 +1,4 @@
-"""AQUILA: clients send the quantized innovation of their update, or nothing if it is small; and its baselines.
+"""AQUILA: clients send the quantized innovation of their update, or nothing if it is small; and LAQ, its parent.
 
 Z. Zhao, Y. Mao, Z. Shi, et al., "AQUILA: Communication Efficient Federated Learning with Adaptive
 Quantization in Device Selection Strategy", IEEE TMC 23(6), 2024, https://arxiv.org/abs/2308.00258.
@@ -6,26 +6,22 @@ Quantization in Device Selection Strategy", IEEE TMC 23(6), 2024, https://arxiv.
 Symbols and deviations: `fedkit.codec.quantize` (the quantizer), `fedkit.skipping` (the skip rule),
 `fedkit.aggregation.lazy` (the lazy sum) and `fedkit.clients.aquila` (what is sent).
 
-The paper's baselines are options of the same strategy, for side-by-side runs. LENA is not among them: no source of
-its rule could be read.
+The paper's other baselines use the same mod: QSGD and AdaQuantFL are forms of `Plain`, MARINA is `Marina`. LENA is
+not there: no source of its rule could be read.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from fedkit.aggregation.differences import Differences, Estimate
-from fedkit.aggregation.lazy import LazyMean, Memory
-from fedkit.aggregation.mean import Mean
+from fedkit.aggregation.lazy import LazyMean, LazyState, LazySum, Memory
 from fedkit.aggregation.protocol import StepSize, step_at
 from fedkit.arrays import NamedArrays, squared_norm, subtract
 from fedkit.checkpoint import Tree
-from fedkit.codec.baselines import Qsgd
 from fedkit.codec.protocol import Quantizer
 from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.codec.wire import Codec
@@ -34,11 +30,11 @@ from fedkit.errors import ConfigError
 from fedkit.message import to_arrays
 from fedkit.skipping import SkipRule
 
+from .asking import Part
 from .base import UpdateStrategy
-from .loss_levels import LossLevels
 
 
-class Aquila(UpdateStrategy[Any]):
+class Aquila(UpdateStrategy[LazyState | LazySum]):
     """Lazily aggregated, adaptively quantized updates. Clients need `fedkit.clients.AquilaMod`.
 
     Parameters
@@ -64,12 +60,9 @@ class Aquila(UpdateStrategy[Any]):
         other constant makes no difference, a schedule does.
     rule : SkipRule, optional
         When clients skip, instead of AQUILA's rule with `beta`.
-    reference : {"accepted", "nothing", "previous"}
-        What an update is compared with: `fedkit.clients.aquila` has the meanings.
-    levels : LossLevels, optional
-        Makes the quantizer finer as the clients' loss falls.
-    whole : float
-        With "previous": the chance that all clients send whole updates in a round.
+    gap : bool
+        Whether to report how far LoRA factors are from the mean of the products, as the metric ``lora-gap``
+        (`fedkit.aggregation.lora`); with "each", and about the cost of another mean.
     **options
         As in `UpdateStrategy`.
 
@@ -80,7 +73,7 @@ class Aquila(UpdateStrategy[Any]):
     """
 
     scheme: ClassVar[str] = "aquila"
-    state_types: ClassVar[tuple[type, ...]] = (Estimate,)
+    aggregator: LazyMean
 
     def __init__(
         self,
@@ -91,133 +84,67 @@ class Aquila(UpdateStrategy[Any]):
         memory: Memory = "each",
         step_size: StepSize = 1.0,
         rule: SkipRule | None = None,
-        reference: Literal["accepted", "nothing", "previous"] = "accepted",
-        levels: LossLevels | None = None,
-        whole: float = 0.1,
+        gap: bool = False,
         **options: Any,
     ) -> None:
-        aggregator: LazyMean | Mean | Differences
-        if reference == "accepted":
-            aggregator = LazyMean(weighted, memory, step_size)
-        elif reference == "nothing":
-            aggregator = Mean(weighted, step_size)
-        elif reference == "previous":
-            aggregator = Differences(weighted, step_size)
-            if options.get("fraction_train", 1.0) < 1:
-                raise ConfigError("reference 'previous' needs every client in every round: leave fraction_train.")
-        else:
-            raise ConfigError(f"reference: expected 'accepted', 'nothing' or 'previous', got {reference!r}.")
-        step_at(step_size, 1)
-        if not 0 < whole <= 1:
-            raise ConfigError(f"whole: expected a chance above 0, to 1, got {whole}.")
-        super().__init__(aggregator, Codec(quantizer or ZeroMidTread()), **options)
-        self.rule, self.reference, self.levels, self.whole = (
-            rule or SkipRule.aquila(beta),
-            reference,
-            levels,
-            whole,
-        )
-        self.step_size = step_size
+        aggregator = LazyMean(weighted, memory, step_size, gap)
+        super().__init__(aggregator, Codec(quantizer or ZeroMidTread()), step_size=step_size, **options)
+        self.rule = rule or SkipRule.aquila(beta)
+        if self.parts.differ and memory == "sum":
+            raise ConfigError("submodels: not with memory='sum', which does not say who holds what. Use 'each'.")
+        if self.parts.differ and len(self.rule.weights) > 1:
+            raise ConfigError("submodels: only with a rule of one step, as AQUILA's is.")
         self._previous: NamedArrays | None = None  # the arrays of the round before
-        self._steps: list[float] = []  # ‖θ^k − θ^{k−1}‖²/α² of the rounds before, the latest first
-        self._losses: list[float] = []  # the first round's, and the last's
-        if levels is not None:
-            levels.codec(self.codec, 1.0, 1.0)
-
-    # ---- forms ---------------------------------------------------------------------------------
+        self._steps: list[float] = []  # ‖θ^k − θ^{k−1}‖²/α², the latest first
 
     @classmethod
     def published(cls, *, beta: float = 0.1, **options: Any) -> Self:
         """Return AQUILA as published: the grid without a zero, b* from 1 bit up, no weights, a dense downlink."""
-        return cls(beta=beta, **_published(AquilaMidTread(), options))
+        form = {"quantizer": AquilaMidTread(), "weighted": False, "downlink": None}
+        return cls(beta=beta, **{**form, **options})
 
     @classmethod
-    def qsgd(cls, bits: int = 4, **options: Any) -> Self:
-        """Return QSGD: the quantized update itself, at `bits` with the sign, every time."""
-        return cls(reference="nothing", **_published(Qsgd(bits), options))
-
-    @classmethod
-    def laq(cls, bits: int = 8, *, rule: SkipRule | None = None, **options: Any) -> Self:
+    def laq(cls, bits: int = 8, **options: Any) -> Self:
         """Return LAQ: innovations at a fixed width, and its own skip rule."""
-        return cls(rule=rule or SkipRule.laq(), **_published(AquilaMidTread(bits, bits), options))
-
-    @classmethod
-    def adaquantfl(cls, start: float = 2.0, **options: Any) -> Self:
-        """Return AdaQuantFL: QSGD whose levels, `start` at first, grow as the loss falls."""
-        levels = LossLevels(start)
-        return cls(reference="nothing", levels=levels, **_published(Qsgd(levels.bits(1.0, 1.0)), options))
-
-    @classmethod
-    def ladaq(cls, start: float = 2.0, *, rule: SkipRule | None = None, **options: Any) -> Self:
-        """Return the paper's LAdaQ: LAQ with AdaQuantFL's levels."""
-        levels = LossLevels(start)
-        bits = levels.bits(1.0, 1.0)
-        return cls(rule=rule or SkipRule.laq(), levels=levels, **_published(AquilaMidTread(bits, bits), options))
-
-    @classmethod
-    def marina(cls, bits: int = 4, *, whole: float = 0.1, **options: Any) -> Self:
-        """Return MARINA: quantized differences of successive updates, or by chance whole ones, of all clients."""
-        return cls(reference="previous", whole=whole, **_published(Qsgd(bits), options))
+        form = {
+            "quantizer": AquilaMidTread(bits, bits),
+            "rule": SkipRule.laq(),
+            "weighted": False,
+            "downlink": None,
+        }
+        return cls(**{**form, **options})
 
     # ---- what the strategy remembers -----------------------------------------------------------
 
     def remember(self) -> Tree:
-        """Return what the aggregator says, and what the skip rule and the levels need."""
-        lazy = self.aggregator if isinstance(self.aggregator, LazyMean) else None
-        return {
-            "aggregation": lazy.remember(self.state) if lazy else self.state,
-            "previous": None if self._previous is None else dict(self._previous),
-            "steps": self._steps,
-            "losses": self._losses,
-        }
+        """Return what the aggregator says, and what the skip rule needs."""
+        previous = None if self._previous is None else dict(self._previous)
+        return {"aggregation": self.aggregator.remember(self.state), "previous": previous, "steps": self._steps}
 
     def recall(self, params: NamedArrays, saved: Tree | None) -> None:
         """Go on; a client whose file is lost starts anew."""
-        saved = saved or {"aggregation": None, "previous": None, "steps": [], "losses": []}
-        found, folder = saved["aggregation"], self.progress.folder
-        if isinstance(self.aggregator, LazyMean):
-            self.state = self.aggregator.recall(params, found or {}, folder and folder / "memories")
-        else:
-            self.state = self.aggregator.init(params) if found is None else found
-        self._forget_others()
-        self._previous, self._steps, self._losses = saved["previous"], saved["steps"], saved["losses"]
-
-    def _forget_others(self) -> None:
-        """Let start anew whoever is not in the memory any more."""
-        self.registry.accepted = {} if self.state is None else dict(self.state.digests)
+        saved = saved or {"aggregation": {}, "previous": None, "steps": []}
+        folder = self.progress.folder
+        self.state = self.aggregator.recall(params, saved["aggregation"], folder and folder / "memories")
+        self.registry.accepted = dict(self.state.digests)
+        self._previous, self._steps = saved["previous"], saved["steps"]
 
     # ---- Flower's round ------------------------------------------------------------------------
 
-    def options(self, params: NamedArrays) -> Mapping[str, Scalar]:
-        """Return what clients compare with, when they skip, and the step size; the defaults say nothing."""
-        options: dict[str, Scalar] = {}
-        size = float(step_at(self.step_size, self._cohort.server_round))
-        if size != 1:
-            options["step-size"] = size
-        if self.reference == "accepted":
-            return options | self.rule.to_options(self._steps)
-        options["reference"] = self.reference
-        if self._all_whole():
-            options["whole"] = True
-        return options
-
-    def coding(self, server_round: int) -> Codec:
-        """Return how uploads are coded: with the round's levels, or whole."""
-        if self._all_whole():
-            return Codec()
-        return self.codec if not self.levels or not self._losses else self.levels.codec(self.codec, *self._losses)
+    def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
+        """Return when a node skips, over the entries that it sends updates of."""
+        if not self.parts.differ or self._previous is None:
+            return self.rule.to_options(self._steps)
+        return self.rule.to_options([self._step(self._cohort.server_round, part(params), part(self._previous))])
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return one message for each node of this round's cohort."""
-        now, params = server_round + self.progress.before, to_arrays(arrays)
-        if self._previous is not None:  # the step size that counts is that of the round that made the step
-            step = squared_norm(subtract(params, self._previous)) / float(step_at(self.step_size, now - 1)) ** 2
+        params = to_arrays(arrays)
+        if self._previous is not None:
+            step = self._step(server_round + self.progress.before, params, self._previous)
             self._steps = [step, *self._steps][: len(self.rule.weights)]
-        size = float(step_at(self.step_size, now))
-        if size != 1:
-            config = ConfigRecord({**config, "step-size": size})
         messages = super().configure_train(server_round, arrays, config, grid)
         self._previous = params
         return messages
@@ -226,23 +153,10 @@ class Aquila(UpdateStrategy[Any]):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the new arrays and metrics, and let start anew whoever is not in the memory any more."""
-        arrays, metrics = super().aggregate_train(server_round, replies)
-        self._forget_others()
-        loss = metrics.get(self.levels.metric) if self.levels and metrics else None
-        if isinstance(loss, int | float):
-            self._losses = [*self._losses[:1], float(loss)] if self._losses else [float(loss)] * 2
-        return arrays, metrics
+        result = super().aggregate_train(server_round, replies)
+        self.registry.accepted = dict(self.state.digests)
+        return result
 
-    def _all_whole(self) -> bool:
-        """Return whether all clients are to send whole updates: by chance, and while there is no estimate."""
-        if self.reference != "previous":
-            return False
-        server_round = self._cohort.server_round
-        return (
-            not self.registry.accepted or random.Random(f"{self.seed}/whole/{server_round}").random() < self.whole
-        )
-
-
-def _published(quantizer: Quantizer, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of a published form: what they have in common, and what the user says."""
-    return {"quantizer": quantizer, "weighted": False, "downlink": None, **options}
+    def _step(self, server_round: int, params: NamedArrays, previous: NamedArrays) -> float:
+        """Return ‖θ^k − θ^{k−1}‖²/α², with α of the round before, which made that step."""
+        return squared_norm(subtract(params, previous)) / float(step_at(self.step_size, server_round - 1)) ** 2

@@ -2,43 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Final, TypeAlias, Unpack
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from fedkit.aggregation.protocol import StepSize, step_at
 from fedkit.arrays import NamedArrays, num_values
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
-from fedkit.errors import QuorumError, ReplyError
+from fedkit.errors import ConfigError, QuorumError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.limits import Limits
-from fedkit.message import Instructions, write_instructions
+from fedkit.message import LORA, STEP_SIZE, Instructions, write_instructions
 from fedkit.parcel import write_parcel
 from fedkit.rounds import RoundGrid
+from fedkit.submodels import Cut
 
 from .budget import Budget
+from .contents import mean_metrics
 from .downlink import Downlink
 from .options import FedAvgOptions
+from .parts import WHOLE, LoraMode, Parts
 from .progress import Progress
-from .replies import Registry, mean_metrics
+from .replies import Registry
 from .sampling import choose, wait_for_nodes
+
+Part: TypeAlias = Callable[[NamedArrays], NamedArrays]
+"""What a node sends updates of, in its own units."""
+
+REMEMBERS: Final = "what it remembers of former rounds is in the terms of factors that the next SVD replaces."
 
 
 class Asking(FedAvg):
     """The half of a strategy that makes messages. Its options are those of `UpdateStrategy`."""
 
     scheme: ClassVar[str]
+    one_for_all: ClassVar[bool] = True  # whether every node that holds the whole is sent the same arrays
+    refused: ClassVar[Mapping[str, str]] = {
+        "product": REMEMBERS
+    }  # why it does not go with "submodels" or a LoraMode
 
     def __init__(
         self,
         codec: Codec,
         downlink: Downlink,
         *,
+        submodels: Mapping[str, Cut] | None,
+        lora: LoraMode,
+        step_size: StepSize,
         budget: Budget | None,
         limits: Limits | None,
         checkpoint: str | Path,
@@ -49,6 +66,10 @@ class Asking(FedAvg):
         fedavg.setdefault("train_metrics_aggr_fn", mean_metrics)
         fedavg.setdefault("evaluate_metrics_aggr_fn", mean_metrics)
         super().__init__(**fedavg)
+        self.parts = Parts(submodels, lora)
+        self._check_composition(downlink)
+        step_at(step_size, 1)
+        self.step_size = step_size
         self.codec, self.downlink, self.budget = codec, downlink, budget
         self.seed, self.node_timeout = seed, node_timeout
         self.limits, self._own_limits = limits or Limits(), limits is not None
@@ -57,13 +78,35 @@ class Asking(FedAvg):
         self.progress = Progress(Path(checkpoint) if str(checkpoint) else None)
         self._params: NamedArrays = {}
 
-    def options(self, params: NamedArrays) -> Mapping[str, Scalar]:
-        """Return what this scheme's mod must be told this round."""
+    def distribute(self, params: NamedArrays, node_ids: Sequence[int]) -> Mapping[int, NamedArrays]:
+        """Return what each node is sent: its part; everybody the same, if all hold the whole."""
+        return self.parts.distribute(params, node_ids, self.registry.submodels)
+
+    def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
+        """Return what this scheme's mod must be told this round; `part` cuts out what a node sends updates of."""
         return {}
 
     def coding(self, server_round: int) -> Codec:
         """Return how uploads of a round are coded, if the budget has nothing against it; here always the same."""
         return self.codec
+
+    def _check_composition(self, downlink: Downlink) -> None:
+        """Raise ConfigError, with the reason, for options that do not compose."""
+        name, lora = type(self).__name__, self.parts.lora
+        wanted: list[str] = [lora] if lora != "factors" else []
+        wanted += ["submodels"] if self.parts.differ else []
+        for option in wanted:
+            if option in self.refused:
+                raise ConfigError(f"{option}: not with {name}: {self.refused[option]}")
+        reasons = {
+            f"{name} sends each node other arrays": not self.one_for_all,
+            "nodes with sub-models are sent other arrays": self.parts.differ,
+            "with lora='fedsa' nodes are not sent all arrays": lora == "fedsa",
+            "with lora='product' all factors are new in every round, so a change is no smaller": lora == "product",
+        }
+        for reason, holds in reasons.items():
+            if holds and downlink.codec is not None:
+                raise ConfigError(f"downlink: {reason}. Set it to None.")
 
     def _adopt(self, grid: Grid, timeout: float) -> RoundGrid:
         grid = grid if isinstance(grid, RoundGrid) else RoundGrid(grid)
@@ -100,16 +143,23 @@ class Asking(FedAvg):
         size = max(int(len(node_ids) * fraction), minimum)
         self._introduce(grid, node_ids, server_round, sampling=size < len(node_ids))
         ready = grid.ready(node_ids, server_round, self.limits.needed(size))
+        ready = self.parts.names(ready, self.registry.submodels)
         ready.sort(key=self.registry.order)
         return choose(ready, size, f"{self.seed}/{server_round}")
 
     def _introduce(self, grid: RoundGrid, node_ids: Sequence[int], server_round: int, *, sampling: bool) -> None:
         """Ask nodes that are not known which client they are, where that matters.
 
-        It does where some are chosen, by client; and where a known client is missing, which may have come back.
+        It does where some are chosen, by client; where they hold different parts of the model; and where a known
+        client is missing, which may have come back.
         """
-        unknown = [node_id for node_id in grid.ready(node_ids, server_round) if not self.registry.knows(node_id)]
-        if not unknown or not (sampling or self.progress.before or self.registry.absent(node_ids)):
+        unknown = [
+            node_id
+            for node_id in grid.ready(node_ids, server_round)
+            if not self.registry.knows(node_id) or self.parts.unknown(node_id, self.registry.submodels)
+        ]
+        matters = sampling or self.parts.differ or self.progress.before or self.registry.absent(node_ids)
+        if not unknown or not matters:
             return
         messages = []
         for node_id in unknown:
@@ -124,20 +174,34 @@ class Asking(FedAvg):
         self, kind: str, server_round: int, config: ConfigRecord, sent: Mapping[int, NamedArrays]
     ) -> list[Message]:
         """Return a fresh message for each node."""
-        options = self.options(self._params)
         messages = []
+        known: dict[str, Mapping[str, Scalar]] = {}  # options by part, so that each is worked out once
+        size = float(step_at(self.step_size, server_round))
+        if size != 1:
+            config = ConfigRecord({**config, STEP_SIZE: size})  # for the app
         parcels = list(self.downlink.parcels(sent, self.registry.versions))
         codecs = self._codecs(server_round, {node_id: sum(map(len, p.frames)) for node_id, p, _ in parcels})
         for node_id, parcel, bits in parcels:
             if node_id not in codecs:
                 continue
             self.ledger.ideal(node_id, "downlink", bits)
+            options = self._options_of(node_id, known)
+            if size != 1:
+                options = {**options, STEP_SIZE: size}  # for the mod
             own = ConfigRecord(dict(config))
             write_instructions(own, self._instructions(server_round, node_id, codecs[node_id], options=options))
             content = RecordDict({self.configrecord_key: own})
             write_parcel(content, self.arrayrecord_key, own, parcel)
             messages.append(self._message(content, node_id, kind))
         return messages
+
+    def _options_of(self, node_id: int, known: dict[str, Mapping[str, Scalar]]) -> Mapping[str, Scalar]:
+        name = self.parts.sent.get(node_id, WHOLE)
+        if name not in known:
+            known[name] = self.options(self._params, partial(self.parts.uploaded, node_id=node_id))
+            if self.parts.lora in ("ffa", "fedsa"):
+                known[name] = {**known[name], LORA: self.parts.lora}
+        return known[name]
 
     def _message(self, content: RecordDict, node_id: int, kind: str) -> Message:
         ttl = self.limits.deadline or self._timeout

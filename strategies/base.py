@@ -8,7 +8,7 @@ uploads, errors of single nodes, weights, metrics and the ledger.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Generic, TypeVar, Unpack
@@ -17,25 +17,24 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from fedkit.aggregation.protocol import Aggregator, Cohort
+from fedkit.aggregation.protocol import Aggregator, Cohort, StepSize
 from fedkit.arrays import NamedArrays
 from fedkit.broadcast import ALL_NONZERO, TWO_BITS
 from fedkit.checkpoint import Tree
 from fedkit.codec.wire import Codec
-from fedkit.errors import ConfigError, ReplyError
+from fedkit.errors import ReplyError
 from fedkit.ledger import EvaluateFn
 from fedkit.limits import Limits
-from fedkit.message import (
-    Report,
-    from_arrays,
-    to_arrays,
-)
+from fedkit.message import Report, from_arrays, to_arrays
+from fedkit.submodels import Cut
 
 from .asking import Asking
 from .budget import Budget
+from .contents import weight_of
 from .downlink import Downlink
 from .options import FedAvgOptions
-from .replies import Inbox, weight_of
+from .parts import LoraMode
+from .replies import Inbox
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +50,11 @@ class UpdateStrategy(Asking, Generic[S]):
         Uploads to new parameters.
     codec : Codec
         How clients code what they send.
+    submodels : mapping of str to Cut, optional
+        What nodes hold less than the whole, by the name in their node config (``submodel="r4"``): see
+        `fedkit.submodels`. Each is sent, and sends, its part; without a `downlink` only.
+    lora : {"factors", "ffa", "fedsa", "product"}
+        How LoRA factors are averaged: see `fedkit.strategies.parts.LoraMode`.
     downlink : Codec, optional
         How the server codes the change of the arrays; `evaluate_fn` and the result see the arrays that the clients
         rebuilt (`fedkit.broadcast`). None: all arrays are sent, in float32, every time.
@@ -70,7 +74,6 @@ class UpdateStrategy(Asking, Generic[S]):
         As in Flower's FedAvg.
     """
 
-    one_for_all: ClassVar[bool] = True  # whether every node is sent the same arrays
     state_types: ClassVar[tuple[type, ...]] = ()  # dataclasses that `state` is made of
     state: S  # what the aggregator remembers, from the first round on
 
@@ -79,6 +82,9 @@ class UpdateStrategy(Asking, Generic[S]):
         aggregator: Aggregator[S],
         codec: Codec,
         *,
+        submodels: Mapping[str, Cut] | None = None,
+        lora: LoraMode = "factors",
+        step_size: StepSize = 1.0,
         downlink: Codec | None = TWO_BITS,
         initial: Codec = ALL_NONZERO,
         budget: Budget | None = None,
@@ -91,6 +97,9 @@ class UpdateStrategy(Asking, Generic[S]):
         super().__init__(
             codec,
             Downlink(downlink, initial, seed),
+            submodels=submodels,
+            lora=lora,
+            step_size=step_size,
             budget=budget,
             limits=limits,
             checkpoint=checkpoint,
@@ -98,21 +107,15 @@ class UpdateStrategy(Asking, Generic[S]):
             node_timeout=node_timeout,
             **fedavg,
         )
-        if downlink is not None and not self.one_for_all:
-            raise ConfigError(f"downlink: {type(self).__name__} sends each node other arrays. Leave it unset.")
         self.aggregator = aggregator
         self._cohort = Cohort(0, {})
         self._unanswered: Mapping[int, NamedArrays] = {}  # what nodes were sent that may yet answer, too late
 
     # ---- what a scheme may override ------------------------------------------------------------
 
-    def distribute(self, params: NamedArrays, node_ids: Sequence[int]) -> Mapping[int, NamedArrays]:
-        """Return what each node is sent; here everybody the same."""
-        return dict.fromkeys(node_ids, params)
-
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
-        """Return arrays with the names and shapes of an upload; here those of what was sent."""
-        return sent
+        """Return arrays with the names and shapes of an upload; here those of the node's part."""
+        return self.parts.expected(sent, report)
 
     def remember(self) -> Tree:
         """Return plain values from which `recall` can go on after a restart; here `state`."""
@@ -150,6 +153,7 @@ class UpdateStrategy(Asking, Generic[S]):
         params = self.progress.resume(self, to_arrays(initial_arrays), grid.ledger)
         if params is None:
             params = self.downlink.begin(to_arrays(initial_arrays))
+            self.parts.prepare(params)
             self._params = params
             self.recall(params, None)
             self.progress.save(self, 0, params, None)
@@ -189,7 +193,7 @@ class UpdateStrategy(Asking, Generic[S]):
         owing = grid.owing()
         self._unanswered = {node_id: sent for node_id, sent in self._unanswered.items() if node_id in owing}
         sent = self.distribute(self._params, node_ids)
-        self._cohort = Cohort(server_round, sent, self.registry.names(node_ids))
+        self._cohort = self.parts.cohort(Cohort(server_round, sent, self.registry.names(node_ids)))
         return self._messages(MessageType.TRAIN, server_round, config, sent)
 
     def aggregate_train(
@@ -198,7 +202,7 @@ class UpdateStrategy(Asking, Generic[S]):
         """Return the new arrays and the mean of the clients' metrics; (None, None) if nobody answered."""
         server_round += self.progress.before
         asked, replies = len(self._cohort.sent), list(replies)
-        cohort = replace(self._cohort, sent={**self._unanswered, **self._cohort.sent})
+        cohort = self.parts.cohort(replace(self._cohort, sent={**self._unanswered, **self._cohort.sent}))
         answered = {reply.metadata.src_node_id for reply in replies}
         self._unanswered = {node_id: sent for node_id, sent in cohort.sent.items() if node_id not in answered}
         inbox = Inbox(self.registry, self.ledger, cohort, self.weighted_by_key)
@@ -208,8 +212,8 @@ class UpdateStrategy(Asking, Generic[S]):
                 self.limits.refuse(f"Round {server_round}: {len(judged)} of {asked} replies can be used.")
             return None, None
         contents: list[RecordDict] = []
-        uploads = inbox.uploads(judged, self.expected, contents)
-        params, self.state, metrics = self.aggregator(self._params, cohort, uploads, self.state)
+        uploads = self.parts.embedded(inbox.uploads(judged, self.expected, contents))
+        params, self.state, metrics = self.aggregator(self._params, self.parts.whole(cohort), uploads, self.state)
         params = self.downlink.advance(params, server_round)
         record = self.train_metrics_aggr_fn(contents, self.weighted_by_key) if contents else MetricRecord()
         record.update(metrics)

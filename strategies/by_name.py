@@ -12,6 +12,8 @@ from fedkit.config import RunConfig, check_keys
 
 from .aquila import Aquila
 from .error_feedback import ErrorFeedback
+from .marina import Marina
+from .plain import Plain
 from .safari import Safari
 from .tac import Tac
 
@@ -19,11 +21,10 @@ STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
     "fedavg": FedAvg,  # Flower's own
     "aquila": Aquila,
     "aquila-published": Aquila.published,
-    "qsgd": Aquila.qsgd,  # this and the next four: what AQUILA is compared with
-    "laq": Aquila.laq,
-    "adaquantfl": Aquila.adaquantfl,
-    "ladaq": Aquila.ladaq,
-    "marina": Aquila.marina,
+    "laq": Aquila.laq,  # this and the next three: what AQUILA is compared with
+    "qsgd": Plain.qsgd,
+    "adaquantfl": Plain.adaquantfl,
+    "marina": Marina,
     "error-feedback": ErrorFeedback,
     "safari": Safari,
     "safari-published": Safari.published,

@@ -35,6 +35,9 @@ class ErrorFeedback(UpdateStrategy[None]):
         Chooses the entries that are sent.
     weighted : bool
         Whether clients count by their number of examples.
+    gap : bool
+        Whether to report how far LoRA factors are from the mean of the products, as the metric ``lora-gap``
+        (`fedkit.aggregation.lora`).
     **options
         As in `UpdateStrategy`, but the downlink has 1 bit per parameter if unset.
     """
@@ -47,8 +50,9 @@ class ErrorFeedback(UpdateStrategy[None]):
         quantizer: Quantizer | None = HALF_A_BIT,
         sparsifier: Sparsifier | None = None,
         weighted: bool = True,
+        gap: bool = False,
         **options: Any,
     ) -> None:
         codec = Codec(quantizer, sparsifier)
         options.setdefault("downlink", Codec(EntropyConstrained(1.0)))
-        super().__init__(Mean(weighted=weighted), codec, **options)
+        super().__init__(Mean(weighted, gap), codec, **options)

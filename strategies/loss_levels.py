@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 
 from fedkit.codec.baselines import Qsgd
 from fedkit.codec.protocol import MAX_BITS
-from fedkit.codec.quantize import AquilaMidTread
 from fedkit.codec.wire import Codec
 from fedkit.errors import ConfigError
 
@@ -51,10 +50,8 @@ class LossLevels:
         return min(1 + math.ceil(math.log2(levels + 1)), MAX_BITS)
 
     def codec(self, codec: Codec, first: float, now: float) -> Codec:
-        """Return the codec with as many bits; raises ConfigError if its quantizer has no fixed width."""
+        """Return the codec with as many bits; raises ConfigError if its quantizer is not QSGD's."""
         bits, quantizer = self.bits(first, now), codec.quantizer
-        if isinstance(quantizer, Qsgd):
-            return replace(codec, quantizer=Qsgd(bits))
-        if isinstance(quantizer, AquilaMidTread):
-            return replace(codec, quantizer=AquilaMidTread(bits, bits))
-        raise ConfigError(f"levels: expected the quantizer Qsgd or AquilaMidTread, got {quantizer!r}.")
+        if not isinstance(quantizer, Qsgd):
+            raise ConfigError(f"levels: expected the quantizer Qsgd, got {quantizer!r}.")
+        return replace(codec, quantizer=Qsgd(bits))

@@ -130,5 +130,6 @@ def fingerprint(strategy: UpdateStrategy[Any], params: NamedArrays) -> dict[str,
         "codec": to_text(strategy.codec),
         "downlink": None if downlink is None else to_text(downlink),
         "seed": strategy.seed,
+        "parts": None if strategy.parts.trivial else [strategy.parts.lora, *strategy.parts.cuts],
         "schema": schema_digest(params),
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Message, RecordDict
 from numpy.typing import NDArray
 
 from fedkit.aggregation.protocol import Cohort, Upload
@@ -17,7 +17,9 @@ from fedkit.codec.wire import open_frame
 from fedkit.errors import FedkitError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.memory import GENESIS, chain
-from fedkit.message import Report, read_frame, read_report, records_of, restore_metrics
+from fedkit.message import SUBMODEL, Report, read_frame, read_report, restore_metrics
+
+from .contents import content_of, metrics_of, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ class Registry:
         self.accepted: dict[str, bytes] = {}  # by client id
         self.told: dict[int, bytes] = {}  # what was accepted from its client, as a node was told last
         self.versions: dict[int, bytes] = {}  # of the arrays that a node said it holds; by node id
+        self.submodels: dict[int, str] = {}  # the part of the model that a node said it holds; by node id
         self._before: dict[str, bytes] = {}  # what clients held when the run was saved that is resumed
         self._history: Sequence[bytes] = ()  # the versions of then, oldest first
         self._client_ids: dict[int, str] = {}  # by node id; known once a node has answered
@@ -81,9 +84,11 @@ class Registry:
         """
         node_id = reply.metadata.src_node_id
         self.versions.pop(node_id, None)
+        self.submodels.pop(node_id, None)  # an error may mean that it holds another part now
         report = read_report(content_of(reply))
         restore_metrics(reply.content)
         self.versions[node_id] = report.version
+        self.submodels[node_id] = str(report.options.get(SUBMODEL, ""))
         return report
 
     def knows(self, node_id: int) -> bool:
@@ -149,6 +154,7 @@ class Inbox:
         for reply in replies:
             try:
                 report = self.registry.read(reply, self.cohort.sent)
+                self._check_submodel(reply.metadata.src_node_id)
                 weight = weight_of(reply, self.weight_key)
                 if report.client_id in judged:
                     raise ReplyError(f"another node answered as client {report.client_id!r} already.")
@@ -195,33 +201,18 @@ class Inbox:
                 metrics=metrics_of(reply.content),
                 wire_bytes=len(data),
                 digest=digest,
+                submodel=self.cohort.submodels.get(node_id, ""),
             )
+
+    def _check_submodel(self, node_id: int) -> None:
+        sent, said = self.cohort.submodels.get(node_id, ""), self.registry.submodels[node_id]
+        if len(self.cohort.owned) > 1 and sent != said:
+            raise ReplyError(f"it was sent sub-model {sent!r} and says that it holds {said!r}.")
 
     def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
         if not counted:  # an error reply was counted, and logged, by the grid
             logger.warning("round %d, node %d: reply refused: %s", self.cohort.server_round, node_id, error)
             self.ledger.note(self.cohort.server_round, rejected=1, replies=-1)
-
-
-def content_of(reply: Message) -> RecordDict:
-    """Return what a reply holds; raises ReplyError if it is an error."""
-    if reply.has_error():
-        raise ReplyError(f"it answered with an error: {reply.error.reason}")
-    return reply.content
-
-
-def metrics_of(content: RecordDict) -> dict[str, float]:
-    """Return the scalar metrics of a reply; lists are the business of a metrics function of the user's."""
-    metrics = [item for record in records_of(content, MetricRecord) for item in record.items()]
-    return {key: float(value) for key, value in metrics if isinstance(value, int | float)}
-
-
-def weight_of(reply: Message, key: str) -> float:
-    """Return what a reply weighs; raises ReplyError unless it is above 0 and finite."""
-    weight = metrics_of(content_of(reply)).get(key, 0.0)
-    if not 0 < weight < float("inf"):
-        raise ReplyError(f"its metric {key!r} must be above 0, got {weight}. Does the app report it?")
-    return weight
 
 
 def check_norm(values: NDArray[np.float32]) -> None:
@@ -230,16 +221,3 @@ def check_norm(values: NDArray[np.float32]) -> None:
         energy = float(values @ values)
     if not energy < MAX_NORM**2:
         raise ReplyError(f"its upload is longer than {MAX_NORM:.0e}. Did training diverge?")
-
-
-def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
-    """Return the mean of each metric over the replies that have it, weighted by `weighted_by_key`."""
-    sums: dict[str, float] = {}
-    weights: dict[str, float] = {}
-    for content in contents:
-        metrics = metrics_of(content)
-        weight = metrics.pop(weighted_by_key)
-        for key, value in metrics.items():
-            sums[key] = sums.get(key, 0.0) + weight * value
-            weights[key] = weights.get(key, 0.0) + weight
-    return MetricRecord({key: value / weights[key] for key, value in sums.items()})

@@ -17,6 +17,7 @@ from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError
 
+from .asking import Part
 from .base import UpdateStrategy
 
 
@@ -50,6 +51,9 @@ class Safari(UpdateStrategy[CompensateState]):
     """
 
     scheme: ClassVar[str] = "safari"
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("submodels", "ffa", "fedsa", "product"), "missing clients are replaced by others, of which all is known."
+    )
     state_types: ClassVar[tuple[type, ...]] = (CompensateState, Similarity)
 
     def __init__(
@@ -89,7 +93,7 @@ class Safari(UpdateStrategy[CompensateState]):
             **{"downlink": None, **options},
         )
 
-    def options(self, params: NamedArrays) -> Mapping[str, Scalar]:
+    def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
         """Return the density, and the share to rewire this round: ``rewire/2 (1 + cos(π t/T))`` if it anneals."""
         progress = self._cohort.server_round / self.num_rounds if self.anneal else 0.0
         return {

@@ -52,6 +52,9 @@ class Tac(UpdateStrategy[ClusterState]):
 
     scheme: ClassVar[str] = "tac"
     one_for_all: ClassVar[bool] = False
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("submodels", "ffa", "fedsa", "product"), "adapters are told apart by comparing all of them, whole."
+    )
     state_types: ClassVar[tuple[type, ...]] = (ClusterState,)
 
     def __init__(

@@ -26,7 +26,7 @@ running sum is ``memory="sum"``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
@@ -34,6 +34,8 @@ from typing import Any, Literal, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkit.aggregation.lora import LORA_GAP, Products
+from fedkit.aggregation.mean import NO_PARTS, Owned, Total, divided, plus
 from fedkit.aggregation.memories import Memories
 from fedkit.aggregation.protocol import Aggregate, Cohort, StepSize, Upload, step_at
 from fedkit.arrays import NamedArrays, add, check_same_schema, flatten, num_values, unflatten
@@ -50,6 +52,7 @@ class LazyState:
 
     memory: Memories
     weights: dict[str, float] = field(default_factory=dict)  # of the last reply of those in `memory`
+    submodels: dict[str, str] = field(default_factory=dict)  # which part those hold that do not hold the whole
 
     @classmethod
     def open(
@@ -59,10 +62,7 @@ class LazyState:
         digests: Mapping[str, bytes] | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> Self:
-        """Return the state whose values are in files, with what is there of an earlier run's.
-
-        A client whose value with this digest is not there, or that has no weight, is left out: see `digests`.
-        """
+        """Return the state whose values are in files, with what of an earlier run's is there, and has a weight."""
         memory, weights = Memories(like, folder), weights or {}
         known = {name: digest for name, digest in (digests or {}).items() if name in weights}
         found = {name: weights[name] for name, digest in known.items() if memory.open(name, digest)}
@@ -76,8 +76,15 @@ class LazyState:
     def take(self, upload: Upload, weight: float) -> None:
         """Add an upload to what its client sent, or replace that."""
         name, arrays = upload.client_id, upload.arrays
+        if not upload.fresh and upload.submodel != self.submodels.get(name, ""):
+            logger.warning("Client %r holds another part of the model than before: it starts anew.", name)
+            self.discard(name)
+            return
         if arrays is not None and upload.fresh:
             self.memory.put(name, arrays, upload.digest)
+            self.submodels.pop(name, None)
+            if upload.submodel:
+                self.submodels[name] = upload.submodel
         elif arrays is not None and not self.memory.add(name, arrays, upload.digest):
             logger.warning("Client %r added to a memory that is not there: it starts anew.", name)
         if name in self.memory:
@@ -89,23 +96,28 @@ class LazyState:
         """Forget a client that left."""
         self.memory.discard(client_id)
         self.weights.pop(client_id, None)
+        self.submodels.pop(client_id, None)
 
-    def mean(self) -> NDArray[np.float32]:
-        """Return the weighted mean, with one client's values in memory at a time; zeros if there are none."""
-        total, sums = 0.0, np.zeros(self.memory.num_values, np.float64)
-        scaled = np.empty_like(sums)
+    def clients(self, owned: Owned) -> Iterator[tuple[float, NDArray[np.float32], NDArray[np.bool_] | None]]:
+        """Yield each client's weight, what it sent, and which entries it holds (None: all); one at a time."""
         for name in self.memory:
             vector = self.memory.vector(name)
             if vector is None:  # its file was lost since
                 self.weights.pop(name, None)
                 continue
-            total += self.weights[name]
+            yield self.weights[name], vector, owned.get(self.submodels.get(name, ""))
+
+    def mean(self, owned: Owned = NO_PARTS) -> NDArray[np.float32]:
+        """Return the weighted mean, of each entry over the clients that hold it; zero where there is none."""
+        total: Total = 0.0
+        sums = np.zeros(self.memory.num_values, np.float64)
+        scaled = np.empty_like(sums)
+        for weight, vector, own in self.clients(owned):
+            total = plus(total, weight, own)
             scaled[:] = vector
-            scaled *= self.weights[name]
+            scaled *= weight
             sums += scaled
-        if total:
-            sums /= total
-        return sums.astype(np.float32)
+        return divided(sums, total).astype(np.float32)
 
     def carried(self) -> LazyState:
         """Return the state for the next round."""
@@ -160,6 +172,8 @@ class LazyMean:
         Whether the server remembers what each client sent, or their sum alone; see `fedkit.strategies.Aquila`.
     step_size : float or callable
         What the mean is multiplied by, by round if callable.
+    gap : bool
+        Whether to measure that of LoRA factors (`fedkit.aggregation.lora`), over what clients hold; of "each".
 
     Raises
     ------
@@ -170,6 +184,7 @@ class LazyMean:
     weighted: bool = True
     memory: Memory = "each"
     step_size: StepSize = field(default=1.0, repr=False)  # two runs of one function have two addresses of it
+    gap: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.memory not in ("each", "sum"):
@@ -184,7 +199,9 @@ class LazyMean:
     def remember(self, state: LazyState | LazySum) -> dict[str, Any]:
         """Return the plain values that `recall` needs: of "each" all but the arrays, which are in files."""
         saved: dict[str, Any] = {"weights": dict(state.weights), "digests": dict(state.digests)}
-        return saved | {"total": state.total} if isinstance(state, LazySum) else saved
+        if isinstance(state, LazySum):
+            return saved | {"total": state.total}
+        return saved | {"submodels": dict(state.submodels)}
 
     def recall(self, params: NamedArrays, saved: Mapping[str, Any], folder: Path | None) -> LazyState | LazySum:
         """Return the state of a run that keeps files in `folder`; of a new one if `saved` is empty.
@@ -196,7 +213,9 @@ class LazyMean:
         if self.memory == "sum":
             total = np.array(saved["total"]) if saved else np.zeros(num_values(params), np.float64)
             return LazySum(total, dict(weights), dict(digests))
-        return LazyState.open(params, folder, digests, weights)
+        state = LazyState.open(params, folder, digests, weights)
+        state.submodels.update({n: part for n, part in saved.get("submodels", {}).items() if n in state.memory})
+        return state
 
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: LazyState | LazySum
@@ -207,5 +226,12 @@ class LazyMean:
                 check_same_schema(upload.arrays, like=params)
             state.take(upload, upload.num_examples if self.weighted else 1.0)
         size = step_at(self.step_size, cohort.server_round)
-        step = unflatten(size * state.mean(), like=params)
-        return Aggregate(add(params, step), state.carried(), {})
+        step = size * (state.mean() if isinstance(state, LazySum) else state.mean(cohort.owned))
+        new, metrics = add(params, unflatten(step, like=params)), {}
+        if self.gap and isinstance(state, LazyState):
+            products, now = Products(params), flatten(params)
+            for weight, vector, own in state.clients(cohort.owned):
+                held = now if own is None else now * own
+                products.add(weight, unflatten(held + size * vector, like=params))
+            metrics[LORA_GAP] = products.gap(new)
+        return Aggregate(new, state.carried(), metrics)

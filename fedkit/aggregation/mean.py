@@ -6,14 +6,23 @@ Data", AISTATS 2017, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkit.aggregation.lora import LORA_GAP, Products
 from fedkit.aggregation.protocol import Aggregate, Cohort, StepSize, Upload, step_at
 from fedkit.arrays import Mask, NamedArrays, add, flatten, num_values, unflatten, zeros_like
+
+Total: TypeAlias = float | NDArray[np.float64]
+"""The sum of the weights: of all clients, or entry by entry of those that hold it."""
+
+Owned: TypeAlias = Mapping[str, NDArray[np.bool_]]
+NO_PARTS: Final[Owned] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +31,7 @@ class Mean:
 
     weighted: bool = True  # by number of examples; False: every client counts the same
     step_size: StepSize = field(default=1.0, repr=False)  # what the mean is multiplied by, by round if callable
+    gap: bool = field(default=False, repr=False)  # whether to measure that of LoRA factors; see `Products`
 
     def init(self, params: NamedArrays) -> None:
         """Return nothing: there is nothing to remember."""
@@ -29,26 +39,53 @@ class Mean:
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: None
     ) -> Aggregate[None]:
-        """Return params + α · mean of the uploads."""
-        mean = mean_of(uploads, self.weighted, like=params)
+        """Return params + α · mean of the uploads, of each entry over the clients that hold it."""
         size = step_at(self.step_size, cohort.server_round)
-        return Aggregate(add(params, unflatten(size * mean, like=params)), None, {})
+        products = Products(params) if self.gap else None
+        if products:
+            uploads = self._noted(uploads, cohort, products, size)
+        mean = mean_of(uploads, self.weighted, like=params, owned=cohort.owned)
+        new = add(params, unflatten(size * mean, like=params))
+        return Aggregate(new, None, {LORA_GAP: products.gap(new)} if products else {})
+
+    def _noted(
+        self, uploads: Iterable[Upload], cohort: Cohort, products: Products, size: np.float32
+    ) -> Iterator[Upload]:
+        """Yield the uploads, and add each client's factors to the products on the way."""
+        for upload in uploads:
+            if upload.arrays is not None:
+                moved = {name: size * array for name, array in upload.arrays.items()}
+                products.add(upload.num_examples if self.weighted else 1.0, cohort.sent[upload.node_id], moved)
+            yield upload
 
 
-def mean_of(uploads: Iterable[Upload], weighted: bool, *, like: NamedArrays) -> NDArray[np.float32]:
-    """Return the mean of the uploads as one vector, zeros if there are none."""
-    total, sums = 0.0, np.zeros(num_values(like), np.float64)
+def mean_of(
+    uploads: Iterable[Upload], weighted: bool, *, like: NamedArrays, owned: Owned = NO_PARTS
+) -> NDArray[np.float32]:
+    """Return the mean of the uploads as one vector, of each entry over the clients that hold it; else zero."""
+    total: Total = 0.0
+    sums = np.zeros(num_values(like), np.float64)
     scaled = np.empty_like(sums)
     for upload in uploads:
         if upload.arrays is not None:
             weight = upload.num_examples if weighted else 1.0
-            total += weight
+            total = plus(total, weight, owned.get(upload.submodel))
             scaled[:] = flatten(upload.arrays)
             scaled *= weight
             sums += scaled
-    if total:
-        sums /= total
-    return sums.astype(np.float32)
+    return divided(sums, total).astype(np.float32)
+
+
+def plus(total: Total, weight: float, own: NDArray[np.bool_] | None) -> Total:
+    """Return the total with one client's weight, where it holds something; None: everywhere."""
+    return total + (weight if own is None else weight * own.astype(np.float64))
+
+
+def divided(sums: NDArray[np.float64], total: Total) -> NDArray[np.float64]:
+    """Return sums / total, in place; zero where the total is, for nobody has a say there."""
+    if isinstance(total, float):
+        return np.divide(sums, total, out=sums) if total else sums
+    return np.divide(sums, total, out=sums, where=total > 0)
 
 
 def weighted_mean(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedkit.arrays import Mask, NamedArrays
 from fedkit.errors import ConfigError
@@ -32,6 +33,10 @@ class Cohort:
     server_round: int
     sent: Mapping[int, NamedArrays]  # node id -> arrays
     client_ids: Mapping[int, str] = field(default_factory=dict)  # of the nodes that answered once
+    submodels: Mapping[int, str] = field(
+        default_factory=dict
+    )  # what part of the arrays each node was sent, by name
+    owned: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)  # the entries of each, flat; none: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class Upload:
     metrics: Mapping[str, float]
     wire_bytes: int  # of the frame
     digest: bytes  # of the client's memory after this upload, 16 bytes; see `fedkit.memory`
+    submodel: str = ""  # the part that the client holds: a key of `Cohort.owned`; its other entries are zero
 
 
 class Aggregate(NamedTuple, Generic[S]):

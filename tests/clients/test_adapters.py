@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from fedkit.clients.adapters import get_adapter, set_adapter
+from fedkit.clients.adapters import freeze_lora_a, get_adapter, set_adapter
 from fedkit.errors import SchemaMismatchError
 
 
@@ -38,6 +38,16 @@ def test_round_trip_changes_no_bit(dtype: torch.dtype) -> None:
     set_adapter(target, adapter)
     for name, array in get_adapter(target).items():
         np.testing.assert_array_equal(array, adapter[name])
+
+
+def test_a_frozen_lora_a_is_part_of_the_adapter_and_is_not_trained() -> None:
+    model = tiny_model()
+    names = list(get_adapter(model))
+    freeze_lora_a(model)
+    assert list(get_adapter(model)) == names
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 3
+    assert not any("lora_A" in name for name in trained)
 
 
 def test_frozen_weights_are_left_alone() -> None:

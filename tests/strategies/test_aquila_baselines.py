@@ -13,9 +13,9 @@ from fedkit.message import from_arrays, to_arrays
 from fedkit.rounds import RoundGrid
 from fedkit.skipping import SkipRule
 from fedkit.state import ClientState
-from fedkit.strategies import Aquila
+from fedkit.strategies import Aquila, Marina, Plain
 from fedkit.strategies.loss_levels import LossLevels
-from fedkit.strategies.replies import mean_metrics
+from fedkit.strategies.contents import mean_metrics
 from tests.helpers.gradient import SIZE, Quadratic, app_of
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import LIKE
@@ -58,7 +58,7 @@ def test_qsgd_sends_every_update_and_remembers_nothing():
     theta = np.zeros(SIZE, np.float32)
     for k in range(1, ROUNDS + 1):
         theta = theta + mean([coded(u, Qsgd(4), k, m) for m, u in enumerate(gradients(theta))])
-    strategy = Aquila.qsgd(4, **EVERYBODY)
+    strategy = Plain.qsgd(4, **EVERYBODY)
     ours, seen, grid = run(strategy)
     np.testing.assert_allclose(ours, theta, rtol=1e-4, atol=1e-5)
     assert {sent.bits for s in seen for sent in s} == {4}
@@ -106,8 +106,7 @@ def test_an_upload_that_was_lost_leaves_laqs_past_as_it_was():
     assert seen[1][2].bits > 0, "what was lost is sent again"
 
 
-@pytest.mark.parametrize("make", [Aquila.adaquantfl, Aquila.ladaq])
-def test_the_levels_follow_the_loss(make):
+def test_the_levels_follow_the_loss():
     losses = []
 
     def note(contents, weighted_by_key):
@@ -115,7 +114,7 @@ def test_the_levels_follow_the_loss(make):
         losses.append(metrics["train-loss"])
         return metrics
 
-    _, seen, _ = run(make(3.0, train_metrics_aggr_fn=note, **EVERYBODY))
+    _, seen, _ = run(Plain.adaquantfl(3.0, train_metrics_aggr_fn=note, **EVERYBODY))
     widths = [next((s[k].bits for s in seen if s[k].bits), None) for k in range(ROUNDS)]
     for k, width in enumerate(widths[1:], 1):
         levels = np.ceil(3 * np.sqrt(losses[0] / losses[k - 1]))
@@ -125,7 +124,7 @@ def test_the_levels_follow_the_loss(make):
 
 def test_marina_sends_differences_and_sometimes_all():
     theta, estimate, before = np.zeros(SIZE, np.float32), None, None
-    strategy = Aquila.marina(4, whole=0.2, **EVERYBODY)
+    strategy = Marina(whole=0.2, **EVERYBODY)
     ours, seen, _ = run(strategy)
     whole = [s.bits == 32 for s in seen[0]]
     assert all([s[k].bits == 32 for k in range(ROUNDS)] == whole for s in seen), "a coin for all"
@@ -143,7 +142,7 @@ def test_marina_sends_differences_and_sometimes_all():
 
 def test_marina_is_silent_after_a_loss_until_all_send_everything():
     lost = Faults(events=(Event(3, "2", lost=True),))
-    strategy = Aquila.marina(8, whole=0.2, seed=1, **EVERYBODY)
+    strategy = Marina(quantizer=Qsgd(8), whole=0.2, seed=1, **EVERYBODY)
     _, seen, _ = run(strategy, faults=lost)
     whole = [k for k, s in enumerate(seen[0], 1) if s.bits == 32]
     again = next(k for k in whole if k > 3)
@@ -159,28 +158,26 @@ def test_published_forms_differ_from_fedavg_only_in_what_they_say():
         theta = theta + mean(gradients(theta))
     never = SkipRule((), patience=0)
     for strategy in (
-        Aquila.qsgd(16, **EVERYBODY),
+        Plain.qsgd(16, **EVERYBODY),
         Aquila.laq(16, rule=never, **EVERYBODY),
-        Aquila.marina(16, **EVERYBODY),
+        Marina(quantizer=Qsgd(16), **EVERYBODY),
     ):
         ours, _, _ = run(strategy)
         assert np.linalg.norm(ours - theta) < 1e-3 * np.linalg.norm(theta)
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("make", "reason"),
     [
-        ({"reference": "something"}, "'accepted', 'nothing' or 'previous'"),
-        ({"reference": "previous", "fraction_train": 0.5}, "every client in every round"),
-        ({"whole": 0.0}, "a chance above 0"),
-        ({"step_size": -1.0}, "step_size"),
+        (lambda: Marina(fraction_train=0.5), "every client in every round"),
+        (lambda: Marina(whole=0.0), "a chance above 0"),
+        (lambda: Aquila(step_size=-1.0), "step_size"),
+        (lambda: Plain(step_size=0.5, lora="product", downlink=None), "there is no step"),
+        (lambda: Plain(levels=LossLevels()), "expected the quantizer Qsgd"),
+        (lambda: LossLevels(0.5), "at least 1 level"),
+        (lambda: SkipRule.laq(patience=-1), "patience"),
     ],
 )
-def test_impossible_options_are_refused(options, reason):
+def test_impossible_options_are_refused(make, reason):
     with pytest.raises(ConfigError, match=reason):
-        Aquila(**options)
-
-
-def test_levels_need_a_quantizer_of_fixed_width():
-    with pytest.raises(ConfigError, match="Qsgd or AquilaMidTread"):
-        Aquila(levels=LossLevels())
+        make()

@@ -14,7 +14,7 @@ from fedkit.message import to_arrays
 from fedkit.rounds import RoundGrid
 from fedkit.skipping import SkipRule
 from fedkit.state import STATE_DIR
-from fedkit.strategies import Aquila, ErrorFeedback, Safari, Tac
+from fedkit.strategies import Aquila, ErrorFeedback, Marina, Plain, Safari, Tac
 from tests.helpers.grid import InProcessGrid, VirtualTime
 from tests.helpers.quadratic import client_app, initial, targets
 
@@ -24,12 +24,14 @@ SCHEMES = {
     "aquila, dense downlink": (Aquila, {"downlink": None}),
     "aquila, one sum": (Aquila, {"memory": "sum"}),
     "laq": (partial(Aquila.laq, rule=SkipRule.laq(weight=0.5, patience=2)), {}),
+    "aquila, own B": (Aquila, {"downlink": None, "lora": "fedsa"}),
+    "plain, products": (Plain, {"downlink": None, "lora": "product"}),
     "error-feedback": (ErrorFeedback, {}),
     "safari": (Safari, {}),
     "safari, published": (Safari.published, {}),
     "tac": (Tac, {"num_clusters": 2}),
 }
-MARINA = (partial(Aquila.marina, whole=0.3), {})  # needs everybody
+MARINA = (Marina, {"whole": 0.3})  # needs everybody
 
 
 class Crashing:

@@ -1,0 +1,72 @@
+"""What of LoRA factors a client keeps to itself, as the server's option ``lora`` says: `fedkit.strategies.parts`.
+
+With "fedsa" the client's lora_B is its own: the server's arrays come with an empty one, the app gets the one that
+its last training left, at first zeros, and it is left out of the update. With "ffa" lora_A must come back from
+training as it was, and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Final
+
+import numpy as np
+
+from fedkit.arrays import NamedArrays
+from fedkit.codec.snapshot import decode_snapshot, encode_snapshot
+from fedkit.errors import CodecError, FedkitError
+from fedkit.submodels import is_factor
+
+_OWN: Final = "own"  # in the state, after the scheme's name: the lora_B of this client
+
+
+def completed(sent: NamedArrays, lora: str, state: MutableMapping[str, bytes], scheme: str) -> NamedArrays:
+    """Return what the app gets: what was sent, with this client's own lora_B where none was."""
+    if lora != "fedsa":
+        return sent
+    own, arrays = _load(state, scheme), dict(sent)
+    for name in (name for name in sent if is_factor(name, "lora_B")):
+        r = len(sent[_other(name)])
+        shape = (len(sent[name]), r, *sent[name].shape[2:])
+        kept = own.get(name)
+        arrays[name] = kept if kept is not None and kept.shape == shape else np.zeros(shape, np.float32)
+    return arrays
+
+
+def shared(local: NamedArrays, given: NamedArrays, lora: str) -> tuple[NamedArrays, NamedArrays]:
+    """Return of the app's arrays, and of what it was given, those that the server averages.
+
+    Raises
+    ------
+    FedkitError
+        If the app trained a lora_A that must stay as it is.
+    """
+    if lora not in ("ffa", "fedsa"):
+        return local, given
+    kept = "lora_A" if lora == "ffa" else "lora_B"
+    names = [name for name in local if not is_factor(name, kept)]
+    if lora == "ffa":
+        for name in (name for name in local if name not in names):
+            if not np.array_equal(local[name], given[name]):
+                raise FedkitError(
+                    f"array {name!r} was trained, which lora='ffa' forbids. Freeze it: freeze_lora_a."
+                )
+    return {name: local[name] for name in names}, {name: given[name] for name in names}
+
+
+def keep(local: NamedArrays, lora: str, state: MutableMapping[str, bytes], scheme: str) -> None:
+    """Remember the lora_B of this client, if it is its own."""
+    if lora == "fedsa":
+        own = {name: array for name, array in local.items() if is_factor(name, "lora_B")}
+        state[f"{scheme}.{_OWN}"] = encode_snapshot(own)
+
+
+def _load(state: MutableMapping[str, bytes], scheme: str) -> NamedArrays:
+    try:
+        return decode_snapshot(state[f"{scheme}.{_OWN}"])
+    except (KeyError, CodecError):
+        return {}
+
+
+def _other(name: str) -> str:
+    return ".".join("lora_A" if part == "lora_B" else part for part in name.split("."))

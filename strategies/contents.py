@@ -1,0 +1,42 @@
+"""What an app's reply holds besides its arrays: metrics, and among them its weight."""
+
+from __future__ import annotations
+
+from flwr.app import Message, MetricRecord, RecordDict
+
+from fedkit.errors import ReplyError
+from fedkit.message import records_of
+
+
+def content_of(reply: Message) -> RecordDict:
+    """Return what a reply holds; raises ReplyError if it is an error."""
+    if reply.has_error():
+        raise ReplyError(f"it answered with an error: {reply.error.reason}")
+    return reply.content
+
+
+def metrics_of(content: RecordDict) -> dict[str, float]:
+    """Return the scalar metrics of a reply; lists are the business of a metrics function of the user's."""
+    metrics = [item for record in records_of(content, MetricRecord) for item in record.items()]
+    return {key: float(value) for key, value in metrics if isinstance(value, int | float)}
+
+
+def weight_of(reply: Message, key: str) -> float:
+    """Return what a reply weighs; raises ReplyError unless it is above 0 and finite."""
+    weight = metrics_of(content_of(reply)).get(key, 0.0)
+    if not 0 < weight < float("inf"):
+        raise ReplyError(f"its metric {key!r} must be above 0, got {weight}. Does the app report it?")
+    return weight
+
+
+def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """Return the mean of each metric over the replies that have it, weighted by `weighted_by_key`."""
+    sums: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    for content in contents:
+        metrics = metrics_of(content)
+        weight = metrics.pop(weighted_by_key)
+        for key, value in metrics.items():
+            sums[key] = sums.get(key, 0.0) + weight * value
+            weights[key] = weights.get(key, 0.0) + weight
+    return MetricRecord({key: value / weights[key] for key, value in sums.items()})

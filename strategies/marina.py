@@ -1,0 +1,95 @@
+"""MARINA: clients send quantized differences of successive updates, or, by chance, all send whole ones.
+
+Symbols, source and deviations: `fedkit.aggregation.differences`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from flwr.app import ArrayRecord, Message, MetricRecord
+
+from fedkit.aggregation.differences import Differences, Estimate
+from fedkit.aggregation.protocol import StepSize
+from fedkit.arrays import NamedArrays
+from fedkit.checkpoint import Tree
+from fedkit.codec.baselines import Qsgd
+from fedkit.codec.protocol import Quantizer
+from fedkit.codec.wire import Codec
+from fedkit.config import Scalar
+from fedkit.errors import ConfigError
+
+from .asking import Part
+from .base import UpdateStrategy
+
+
+class Marina(UpdateStrategy[Estimate]):
+    """Differences of updates, of all clients. They need `fedkit.clients.AquilaMod`.
+
+    Parameters
+    ----------
+    quantizer : Quantizer, optional
+        Of the differences; unset: QSGD with 4 bits.
+    whole : float
+        The chance, above 0 to 1, that all clients send whole updates, in float32, in a round.
+    weighted : bool
+        Whether clients count by their number of examples.
+    step_size : float or callable
+        As of `Aquila`.
+    **options
+        As in `UpdateStrategy`; by default the downlink is dense.
+
+    Raises
+    ------
+    ConfigError
+        For impossible values, and if not all clients take part in every round.
+    """
+
+    scheme: ClassVar[str] = "aquila"  # whose mod does this, too
+    state_types: ClassVar[tuple[type, ...]] = (Estimate,)
+
+    def __init__(
+        self,
+        *,
+        quantizer: Quantizer | None = None,
+        whole: float = 0.1,
+        weighted: bool = False,
+        step_size: StepSize = 1.0,
+        **options: Any,
+    ) -> None:
+        if not 0 < whole <= 1:
+            raise ConfigError(f"whole: expected a chance above 0, to 1, got {whole}.")
+        if options.get("fraction_train", 1.0) < 1:
+            raise ConfigError("MARINA needs every client in every round: leave fraction_train at 1.")
+        options.setdefault("downlink", None)
+        aggregator = Differences(weighted, step_size)
+        super().__init__(aggregator, Codec(quantizer or Qsgd(4)), step_size=step_size, **options)
+        self.whole = whole
+
+    def recall(self, params: NamedArrays, saved: Tree | None) -> None:
+        """Go on; whoever has nothing in the estimate waits until all send whole updates."""
+        super().recall(params, saved)
+        self.registry.accepted = dict(self.state.digests)
+
+    def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
+        """Return that updates are compared with those of the round before, and whether whole ones are sent."""
+        return {"reference": "previous", "whole": self._all_whole(self._cohort.server_round)}
+
+    def coding(self, server_round: int) -> Codec:
+        """Return how uploads are coded; whole ones are not."""
+        return Codec() if self._all_whole(server_round) else self.codec
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the new arrays and metrics, and let wait whoever has nothing in the estimate."""
+        result = super().aggregate_train(server_round, replies)
+        self.registry.accepted = dict(self.state.digests)
+        return result
+
+    def _all_whole(self, server_round: int) -> bool:
+        """Return whether all clients are to send whole updates: by chance, and while there is no estimate."""
+        chance = random.Random(f"{self.seed}/whole/{server_round}").random()
+        return not self.registry.accepted or chance < self.whole

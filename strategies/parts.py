@@ -1,0 +1,207 @@
+"""Which part of the server's arrays each node holds, is sent, and sends back.
+
+The parts have names, which nodes know from their own config, key ``submodel``, and say in every report; what a
+name stands for, the server alone knows. A node that names none holds the whole.
+
+What LoRA clients share narrows the parts further (`LoraMode`): with "ffa" no upload holds a lora_A, with "fedsa"
+no message holds a lora_B (the array travels empty, for its number of rows).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Final, Literal, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkit.aggregation.protocol import Cohort, Upload
+from fedkit.arrays import NamedArrays, flatten_mask, schema_digest
+from fedkit.errors import ConfigError
+from fedkit.message import SUBMODEL, Report
+from fedkit.submodels import Cut, SubModel, check, embed, is_factor, owned, shapes, take, whole, without
+
+logger = logging.getLogger(__name__)
+
+LoraMode: TypeAlias = Literal["factors", "ffa", "fedsa", "product"]
+"""How LoRA factors are averaged.
+
+"factors"
+    Each factor on its own. The product of the means is not the mean of the products: `fedkit.aggregation.lora`.
+"ffa"
+    lora_A stays as it began, for ever: the mean of lora_B gives the mean of the products exactly. The app must not
+    train lora_A (`fedkit.clients.adapters.freeze_lora_a`). Y. Sun, Z. Li, Y. Li and B. Ding, "Improving LoRA in
+    Privacy-preserving Federated Learning", ICLR 2024, https://arxiv.org/abs/2403.12313.
+"fedsa"
+    lora_A is averaged, and each client keeps a lora_B of its own. P. Guo, S. Zeng, Y. Wang, H. Fan, F. Wang and
+    L. Qu, "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025,
+    https://arxiv.org/abs/2410.01463. What the server holds as lora_B stays zero: only clients can evaluate.
+"product"
+    The products are averaged, and brought back to factors (`fedkit.aggregation.product`).
+"""
+
+WHOLE: Final = ""  # the name of the part of a node that names none
+
+
+class Parts:
+    """The parts by name, and which node was sent which.
+
+    Parameters
+    ----------
+    submodels : mapping of str to Cut, optional
+        What cuts out the part of each name. None: every node holds the whole, whatever it says.
+    lora : LoraMode
+        How LoRA factors are averaged.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such `lora`, or a sub-model has no name.
+    """
+
+    def __init__(self, submodels: Mapping[str, Cut] | None, lora: LoraMode) -> None:
+        if lora not in get_args(LoraMode):
+            raise ConfigError(f"lora: expected one of {', '.join(get_args(LoraMode))}, got {lora!r}.")
+        if submodels is not None and WHOLE in submodels:
+            raise ConfigError("submodels: a sub-model needs a name; nodes that name none hold the whole.")
+        self.cuts: dict[str, Cut] = {WHOLE: whole, **(submodels or {})}
+        self.lora, self.differ = lora, bool(submodels)  # whether nodes hold different parts
+        self.sent: dict[int, str] = {}  # the part that each node was sent last
+        self._schema = b""
+        self._like: NamedArrays = {}
+        self._down: dict[str, SubModel] = {}  # what is sent, and what comes back
+        self._up: dict[str, SubModel] = {}
+        self._owned: dict[str, NDArray[np.bool_]] = {}
+
+    @property
+    def trivial(self) -> bool:
+        """Whether every node is sent everything, and sends everything back."""
+        return not self.differ and self.lora not in ("ffa", "fedsa")
+
+    def prepare(self, params: NamedArrays) -> None:
+        """Cut the parts of arrays with these names and shapes; raises ConfigError if one cannot be cut."""
+        if self.trivial or schema_digest(params) == self._schema:
+            return
+        self._like = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in params.items()}
+        fixed = self._check_factors(params)
+        for name, cut in self.cuts.items():
+            down = cut(self._like)
+            check(down, like=self._like)
+            self._up[name] = without(down, fixed)
+            self._down[name] = _emptied(down, fixed) if self.lora == "fedsa" else down
+            self._owned[name] = flatten_mask(owned(self._up[name], like=self._like))
+        self._schema = schema_digest(params)
+
+    def unknown(self, node_id: int, said: Mapping[int, str]) -> bool:
+        """Return whether a node must be asked which part it holds."""
+        return self.differ and said.get(node_id) not in self.cuts
+
+    def names(self, node_ids: Iterable[int], said: Mapping[int, str]) -> list[int]:
+        """Return the nodes of which `said` has the name of a part; log the others."""
+        if not self.differ:
+            return list(node_ids)
+        known = []
+        for node_id in node_ids:
+            if said.get(node_id) in self.cuts:
+                known.append(node_id)
+            elif node_id in said:
+                names = ", ".join(map(repr, self.cuts))
+                logger.warning(
+                    "node %d holds sub-model %r: expected one of %s. It is not asked. Set its node config, or "
+                    "the strategy's submodels.",
+                    node_id,
+                    said[node_id],
+                    names,
+                )
+            else:
+                logger.warning("node %d has not said which sub-model it holds: it is not asked.", node_id)
+        return known
+
+    def distribute(
+        self, params: NamedArrays, node_ids: Sequence[int], said: Mapping[int, str]
+    ) -> Mapping[int, NamedArrays]:
+        """Return what each node is sent; nodes of the same part share it."""
+        if self.trivial:
+            return dict.fromkeys(node_ids, params)
+        self.prepare(params)
+        named = {node_id: said[node_id] if self.differ else WHOLE for node_id in node_ids}
+        self.sent |= named
+        if self.lora != "fedsa" and not self.differ:
+            return dict.fromkeys(node_ids, params)
+        slices = {name: take(params, self._down[name]) for name in set(named.values())}
+        return {node_id: slices[name] for node_id, name in named.items()}
+
+    def uploaded(self, params: NamedArrays, node_id: int) -> NamedArrays:
+        """Return those of the arrays that a node sends updates of, in its own units."""
+        return params if self.trivial else take(params, self._up[self.sent[node_id]])
+
+    def cohort(self, cohort: Cohort) -> Cohort:
+        """Return the cohort with the parts of its nodes."""
+        if self.trivial:
+            return cohort
+        return replace(
+            cohort, submodels={node_id: self.sent[node_id] for node_id in cohort.sent}, owned=self._owned
+        )
+
+    def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
+        """Return arrays with the names and shapes of an upload."""
+        if self.trivial:
+            return sent
+        return shapes(
+            self._up[str(report.options.get(SUBMODEL, WHOLE)) if self.differ else WHOLE], like=self._like
+        )
+
+    def embedded(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
+        """Yield uploads in the server's units, zero where their clients hold nothing."""
+        for upload in uploads:
+            if upload.arrays is not None and not self.trivial:
+                arrays = embed(upload.arrays, self._up[upload.submodel], like=self._like)
+                yield replace(upload, arrays=arrays)
+            else:
+                yield upload
+
+    def whole(self, cohort: Cohort) -> Cohort:
+        """Return the cohort with all that was sent in the server's units, embedded when it is looked at."""
+        return cohort if self.trivial else replace(cohort, sent=_Embedded(cohort, self._down, self._like))
+
+    def _check_factors(self, params: NamedArrays) -> list[str]:
+        """Return the LoRA factors that no client sends; ConfigError if they cannot be left out."""
+        if self.lora not in ("ffa", "fedsa"):
+            return []
+        factor = "lora_A" if self.lora == "ffa" else "lora_B"
+        names = [name for name in params if is_factor(name, factor)]
+        if not names:
+            raise ConfigError(f"lora: {self.lora!r} needs LoRA factors, got {list(params)[:3]}.")
+        if self.lora == "fedsa" and any(params[name].any() for name in names):
+            raise ConfigError(
+                "lora: with 'fedsa' every client's lora_B begins at zero, that of the arrays does not."
+            )
+        return names
+
+
+class _Embedded(Mapping[int, NamedArrays]):
+    """What nodes were sent, in the server's units."""
+
+    def __init__(self, cohort: Cohort, down: Mapping[str, SubModel], like: NamedArrays) -> None:
+        self._cohort, self._down, self._like = cohort, down, like
+
+    def __getitem__(self, node_id: int) -> NamedArrays:
+        sent = self._cohort.sent[node_id]
+        return embed(sent, self._down[self._cohort.submodels[node_id]], like=self._like)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._cohort.sent)
+
+    def __len__(self) -> int:
+        return len(self._cohort.sent)
+
+
+def _emptied(submodel: SubModel, names: Iterable[str]) -> SubModel:
+    """Return the sub-model with no columns of some arrays."""
+    sets = dict(submodel.index_sets)
+    for name in names:
+        if name in sets:
+            sets[name] = (sets[name][0], np.arange(0), *sets[name][2:])
+    return SubModel(sets, submodel.scales)
