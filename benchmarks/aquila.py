@@ -4,7 +4,7 @@
 task      what is trained; ``--task`` chooses, all with ``--full``, otherwise the digits
 ========  ============================================================================================
 `digits`  an MLP, one step of SGD per round with all of a client's examples or 32 of them; the target is 95 %
-`cifar`   a CNN, one step of SGD per round; the target is FedAvg's accuracy in the end minus a point
+`cifar`   a CNN, one step of SGD per round; the target is FedAvg's in the end minus a point
 `sst2`    MiniLM's LoRA adapter, 8 local steps of Adam per round, as `benchmarks.text_lora`
 ========  ============================================================================================
 
@@ -46,6 +46,7 @@ from benchmarks.harness import Bench, Row, parser, sources_digest
 from fedkit.codec.baselines import Qsgd
 from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.strategies import Aquila, Marina, Plain
+from fedkit.submodels import width
 
 Make = Callable[..., FedAvg]
 UNTIL = {
@@ -89,6 +90,7 @@ class Task:
     every: int  # rounds between two accuracies; fewer in a short run
     margin: float  # how far below FedAvg's accuracy the target is, or
     fixed: float | None = None  # the target
+    two_sizes: bool = False  # whether half of the clients hold the sub-model of half the width
     longer: int = 1  # times the rounds that all arms but FedAvg have to arrive; those of more than 1 end there
 
     def target(self, baseline: Row) -> float:
@@ -104,15 +106,33 @@ TASKS = {
     "cifar": {
         "CIFAR-10, IID": Task(partial(gradient_tasks.cifar, dirichlet_alpha=100), 0.1, 300, 6, 10, 0.01),
         "CIFAR-10, Dirichlet 0.1": Task(partial(gradient_tasks.cifar, dirichlet_alpha=0.1), 0.1, 300, 6, 10, 0.01),
+        "CIFAR-10, IID, two sizes": Task(
+            partial(gradient_tasks.cifar, dirichlet_alpha=100, two_sizes=True),
+            0.1,
+            300,
+            6,
+            10,
+            0.01,
+            two_sizes=True,
+        ),
+        "CIFAR-10, Dirichlet 0.1, two sizes": Task(
+            partial(gradient_tasks.cifar, dirichlet_alpha=0.1, two_sizes=True),
+            0.1,
+            300,
+            6,
+            10,
+            0.01,
+            two_sizes=True,
+        ),
     },
     "sst2": {"SST-2, MiniLM LoRA": Task(text_lora.federation, 0.05, 16, 3, 1, text_lora.MARGIN, longer=2)},
 }
 
 
-def arms(beta: float) -> dict[str, Make]:
-    """Return the strategies by name; all that an arm decides, sub-models too, is an option of its strategy."""
+def arms(beta: float, *, two_sizes: bool = False) -> dict[str, Make]:
+    """Return the strategies by name; of two sizes without LAQ, whose rule is for one, and FedAvg is HeteroFL."""
     dense = {"weighted": False, "downlink": None}
-    return {
+    table: dict[str, Make] = {
         FEDAVG: FedAvg,
         LITERAL: partial(Aquila.published, beta=beta),
         TWO_BITS: partial(Aquila, beta=beta, quantizer=AquilaMidTread(min_bits=2), **dense),
@@ -123,6 +143,11 @@ def arms(beta: float) -> dict[str, Make]:
         LAQ: Aquila.laq,
         MARINA: partial(Marina, quantizer=Qsgd(5)),
     }
+    if not two_sizes:
+        return table
+    table |= {FEDAVG: partial(Plain, **dense), AQUILA: partial(Aquila, downlink=None)}
+    submodels = {gradient_tasks.HALF: width(0.5)}
+    return {name: partial(make, submodels=submodels) for name, make in table.items() if name != LAQ}
 
 
 def measure(task: Task, make: Make, seed: int, num_rounds: int, target: float | None) -> Row:
@@ -154,7 +179,8 @@ def compare(name: str, rows: Sequence[Row], targets: Sequence[float]) -> Row:
 def measure_all(bench: Bench, name: str, task: Task, seeds: Sequence[int], rounds: int) -> dict[str, Row]:
     """Return the lines of one task, by arm."""
     code = sources_digest("fedkit", "strategies", "clients")
-    table = {arm: make for arm, make in arms(task.beta).items() if arm in {FEDAVG, *(bench.options.arms or [arm])}}
+    table = arms(task.beta, two_sizes=task.two_sizes)
+    table = {arm: make for arm, make in table.items() if arm in {FEDAVG, *(bench.options.arms or [arm])}}
     found: dict[str, list[Row]] = {arm: [] for arm in table}
     targets = []
     for seed in seeds:

@@ -37,6 +37,7 @@ class Federation:
     num_clients: int
     train: Callable[[NamedArrays, int, int], Reply]  # of received arrays, client and round
     accuracy: Callable[[NamedArrays], float]
+    submodels: Sequence[str] = ()  # which part each client holds; none: all hold the whole
 
 
 class ArrivedError(Exception):
@@ -109,7 +110,10 @@ def run(
 
     from tests.helpers.grid import InProcessGrid
 
-    grid = RoundGrid(InProcessGrid([app] * everybody))
+    inner = InProcessGrid([app] * everybody)
+    for context, name in zip(inner.contexts.values(), federation.submodels, strict=False):
+        context.node_config["submodel"] = name
+    grid = RoundGrid(inner)
     with quiet(), task_identity(run_id=1, node_id=1), suppress(ArrivedError):
         strategy = make(fraction_evaluate=0.0, min_train_nodes=everybody, min_available_nodes=everybody)
         strategy.start(grid, from_arrays(federation.initial), num_rounds, evaluate_fn=evaluate)

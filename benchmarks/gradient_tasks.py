@@ -29,6 +29,7 @@ DIGITS_RATE, CIFAR_RATE = 0.1, 0.1
 CIFAR_BATCH = 32
 WIDTHS = (3, 16, 32, 64)  # channels before and after each convolution
 HIDDEN = 64
+HALF = "half"  # the sub-model of half the width
 
 
 def digits(seed: int, batch: int | None) -> Federation:
@@ -114,8 +115,11 @@ def images() -> tuple[Any, Any, Any, Any]:
     return *load("train"), *load("test")
 
 
-def cifar(seed: int, dirichlet_alpha: float) -> Federation:
-    """Return the images, spread by Dirichlet(`dirichlet_alpha`); `seed` decides everything else."""
+def cifar(seed: int, dirichlet_alpha: float, *, two_sizes: bool = False) -> Federation:
+    """Return the images, spread by Dirichlet(`dirichlet_alpha`); `seed` decides everything else.
+
+    With `two_sizes` every other client holds the sub-model `HALF`.
+    """
     import torch
 
     x, y, x_test, y_test = images()
@@ -138,7 +142,8 @@ def cifar(seed: int, dirichlet_alpha: float) -> Federation:
             ]
         return float(sum(right)) / len(y_test)
 
-    return Federation(cnn(seed), CLIENTS, train, accuracy)
+    held = [HALF if two_sizes and client % 2 else "" for client in range(CLIENTS)]
+    return Federation(cnn(seed), CLIENTS, train, accuracy, held)
 
 
 def cnn(seed: int) -> dict[str, NDArray[np.float32]]:

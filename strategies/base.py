@@ -51,10 +51,12 @@ class UpdateStrategy(Asking, Generic[S]):
     codec : Codec
         How clients code what they send.
     submodels : mapping of str to Cut, optional
-        What nodes hold less than the whole, by the name in their node config (``submodel="r4"``): see
-        `fedkit.submodels`. Each is sent, and sends, its part; without a `downlink` only.
+        The parts that nodes hold, by the name in their node config (``submodel="r4"``): see `fedkit.submodels`.
+        Each node is sent, and sends, its part; without a `downlink` only.
     lora : {"factors", "ffa", "fedsa", "product"}
         How LoRA factors are averaged: see `fedkit.strategies.parts.LoraMode`.
+    step_size : float or callable
+        See `Aquila`; for schemes that say so.
     downlink : Codec, optional
         How the server codes the change of the arrays; `evaluate_fn` and the result see the arrays that the clients
         rebuilt (`fedkit.broadcast`). None: all arrays are sent, in float32, every time.
@@ -69,7 +71,7 @@ class UpdateStrategy(Asking, Generic[S]):
     seed : int
         Of the choice of clients, when not all take part.
     node_timeout : float
-        Seconds to wait for `min_available_nodes` before the first round, or for the quorum before a later one.
+        Seconds to wait for `min_available_nodes` at first, or for the quorum before a later round.
     **fedavg
         As in Flower's FedAvg.
     """
@@ -187,8 +189,7 @@ class UpdateStrategy(Asking, Generic[S]):
         first, self._params = not self._params, to_arrays(arrays)
         if first:
             self.recall(self._params, None)
-        must = server_round == 1  # nothing was trained yet that might stay
-        grid = self._adopt(grid, self._timeout)
+        grid, must = self._adopt(grid, self._timeout), server_round == 1  # nothing was trained yet that might stay
         node_ids = self._sample(grid, server_round, self.fraction_train, self.min_train_nodes, must=must)
         owing = grid.owing()
         self._unanswered = {node_id: sent for node_id, sent in self._unanswered.items() if node_id in owing}
@@ -233,19 +234,17 @@ class UpdateStrategy(Asking, Generic[S]):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean of the clients' metrics, None if there are none."""
-        contents = []
+        contents, server_round = [], server_round + self.progress.before
         for reply in replies:
             try:
                 self.registry.read_version(reply)
                 weight_of(reply, self.weighted_by_key)
+                contents.append(reply.content)
             except ReplyError as error:
                 logger.warning("node %d, evaluation: %s", reply.metadata.src_node_id, error)
-            else:
-                contents.append(reply.content)
         if not contents:
             return None
         metrics = self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
-        server_round += self.progress.before
         self.progress.note("evaluate", server_round, metrics)
         self.ledger.measure(server_round, metrics)
         return metrics

@@ -55,4 +55,4 @@ class ErrorFeedback(UpdateStrategy[None]):
     ) -> None:
         codec = Codec(quantizer, sparsifier)
         options.setdefault("downlink", Codec(EntropyConstrained(1.0)))
-        super().__init__(Mean(weighted, gap), codec, **options)
+        super().__init__(Mean(weighted, gap=gap), codec, **options)

@@ -67,7 +67,7 @@ class Differences:
                     whole = upload.fresh
                     yield upload
 
-        mean = mean_of(sent(), self.weighted, like=params)
+        mean = mean_of(sent(), self.weighted, like=params, owned=cohort.owned)
         new = Estimate(mean if whole else state.mean + mean, digests)
         size = step_at(self.step_size, cohort.server_round)
         return Aggregate(add(params, unflatten(size * new.mean, like=params)), new, {})

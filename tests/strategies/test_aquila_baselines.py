@@ -14,8 +14,8 @@ from fedkit.rounds import RoundGrid
 from fedkit.skipping import SkipRule
 from fedkit.state import ClientState
 from fedkit.strategies import Aquila, Marina, Plain
-from fedkit.strategies.loss_levels import LossLevels
 from fedkit.strategies.contents import mean_metrics
+from fedkit.strategies.loss_levels import LossLevels
 from tests.helpers.gradient import SIZE, Quadratic, app_of
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import LIKE
