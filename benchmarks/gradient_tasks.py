@@ -131,7 +131,7 @@ def cifar(seed: int, dirichlet_alpha: float, *, two_sizes: bool = False) -> Fede
         loss = torch.nn.functional.cross_entropy(cnn_output(tensors, x[chosen]), y[chosen])
         gradients = torch.autograd.grad(loss, list(tensors.values()))
         by_name = dict(zip(tensors, [gradient.numpy() for gradient in gradients], strict=True))
-        return step(params, float(loss), by_name, CIFAR_RATE)
+        return step(params, float(loss.detach()), by_name, CIFAR_RATE)
 
     def accuracy(params: NamedArrays) -> float:
         tensors = {name: torch.from_numpy(array) for name, array in params.items()}

@@ -88,7 +88,7 @@ def test_a_claim_holds_at_the_accuracy_of_fedavg_only():
 def test_the_small_form_from_end_to_end(tmp_path, monkeypatch):
     table = aquila.arms(0.5)
     monkeypatch.setattr(
-        aquila, "arms", lambda _, two_sizes: {name: table[name] for name in (FEDAVG, LITERAL, ZERO)}
+        aquila, "arms", lambda _, two_sizes=False: {name: table[name] for name in (FEDAVG, LITERAL, ZERO)}
     )
     options = ["--out", str(tmp_path), "--rounds", "3", "--json", str(tmp_path / "rows.json")]
     aquila.main(options)
