@@ -86,6 +86,7 @@ ARMS: dict[str, tuple[Callable[..., FedAvg], Sequence[int]]] = {
     "factors, zero-padded": (partial(zero_padded, **MIXED), RANKS),
     "factors": (partial(Plain, gap=True, **MIXED), RANKS),
     "product": (partial(Plain, lora="product", **MIXED), RANKS),
+    "product of updates": (partial(Plain, lora="product-update", **MIXED), RANKS),
     "frozen A": (partial(Plain, lora="ffa", gap=True, **MIXED), RANKS),
     "all r 4": (partial(Plain, gap=True), (4,)),
     "all r 16": (partial(Plain, gap=True), (16,)),

@@ -28,7 +28,7 @@ from .budget import Budget
 from .contents import mean_metrics
 from .downlink import Downlink
 from .options import FedAvgOptions
-from .parts import WHOLE, LoraMode, Parts
+from .parts import PRODUCTS, WHOLE, LoraMode, Parts
 from .progress import Progress
 from .replies import Registry
 from .sampling import choose, wait_for_nodes
@@ -44,9 +44,7 @@ class Asking(FedAvg):
 
     scheme: ClassVar[str]
     one_for_all: ClassVar[bool] = True  # whether every node that holds the whole is sent the same arrays
-    refused: ClassVar[Mapping[str, str]] = {
-        "product": REMEMBERS
-    }  # why it does not go with "submodels" or a LoraMode
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(PRODUCTS, REMEMBERS)  # options, and why they do not go
 
     def __init__(
         self,
@@ -102,7 +100,7 @@ class Asking(FedAvg):
             f"{name} sends each node other arrays": not self.one_for_all,
             "nodes with sub-models are sent other arrays": self.parts.differ,
             "with lora='fedsa' nodes are not sent all arrays": lora == "fedsa",
-            "with lora='product' all factors are new in every round, so a change is no smaller": lora == "product",
+            f"with lora={lora!r} all factors are new in every round, so a change is no smaller": lora in PRODUCTS,
         }
         for reason, holds in reasons.items():
             if holds and downlink.codec is not None:

@@ -53,7 +53,7 @@ class UpdateStrategy(Asking, Generic[S]):
     submodels : mapping of str to Cut, optional
         The parts that nodes hold, by the name in their node config (``submodel="r4"``): see `fedkit.submodels`.
         Each node is sent, and sends, its part; without a `downlink` only.
-    lora : {"factors", "ffa", "fedsa", "product"}
+    lora : {"factors", "ffa", "fedsa", "product", "product-update"}
         How LoRA factors are averaged: see `fedkit.strategies.parts.LoraMode`.
     step_size : float or callable
         See `Aquila`; for schemes that say so.

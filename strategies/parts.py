@@ -25,7 +25,7 @@ from fedkit.submodels import Cut, SubModel, check, embed, is_factor, owned, shap
 
 logger = logging.getLogger(__name__)
 
-LoraMode: TypeAlias = Literal["factors", "ffa", "fedsa", "product"]
+LoraMode: TypeAlias = Literal["factors", "ffa", "fedsa", "product", "product-update"]
 """How LoRA factors are averaged.
 
 "factors"
@@ -40,8 +40,11 @@ LoraMode: TypeAlias = Literal["factors", "ffa", "fedsa", "product"]
     https://arxiv.org/abs/2410.01463. What the server holds as lora_B stays zero: only clients can evaluate.
 "product"
     The products are averaged, and brought back to factors (`fedkit.aggregation.product`).
+"product-update"
+    Their changes are: a client of lower rank has no say in the components that it does not hold.
 """
 
+PRODUCTS: Final = ("product", "product-update")
 WHOLE: Final = ""  # the name of the part of a node that names none
 
 

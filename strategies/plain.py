@@ -25,7 +25,7 @@ from fedkit.errors import ConfigError
 from .asking import Part
 from .base import UpdateStrategy
 from .loss_levels import LossLevels
-from .parts import LoraMode
+from .parts import PRODUCTS, LoraMode
 
 
 class Plain(UpdateStrategy[None]):
@@ -41,11 +41,11 @@ class Plain(UpdateStrategy[None]):
         As of `Aquila`.
     levels : LossLevels, optional
         Makes the quantizer finer as the clients' loss falls.
-    lora : {"factors", "ffa", "fedsa", "product"}
-        How LoRA factors are averaged; "product" needs ``downlink=None``.
+    lora : {"factors", "ffa", "fedsa", "product", "product-update"}
+        How LoRA factors are averaged; the products need ``downlink=None``.
     gap : bool
-        Whether to report how far LoRA factors are from the mean of the products, as the metric ``lora-gap``; with
-        "product" it always is.
+        Whether to report how far LoRA factors are from the mean of the products, as the metric ``lora-gap``; of
+        the products it always is.
     **options
         As in `UpdateStrategy`.
 
@@ -69,9 +69,12 @@ class Plain(UpdateStrategy[None]):
         gap: bool = False,
         **options: Any,
     ) -> None:
-        if lora == "product" and step_size != 1.0:
-            raise ConfigError("step_size: with lora='product' there is no step, but a mean of models. Leave it.")
-        aggregator = ProductMean(weighted) if lora == "product" else Mean(weighted, step_size, gap)
+        products = lora in PRODUCTS
+        if products and step_size != 1.0:
+            raise ConfigError(f"step_size: with lora={lora!r} there is no step, but a mean of models. Leave it.")
+        aggregator = (
+            ProductMean(weighted, lora == "product-update") if products else Mean(weighted, step_size, gap)
+        )
         super().__init__(aggregator, Codec(quantizer), lora=lora, step_size=step_size, **options)
         self.levels = levels
         self._losses: list[float] = []  # the first round's, and the last's

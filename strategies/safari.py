@@ -19,6 +19,7 @@ from fedkit.errors import ConfigError
 
 from .asking import Part
 from .base import UpdateStrategy
+from .parts import PRODUCTS
 
 
 class Safari(UpdateStrategy[CompensateState]):
@@ -52,7 +53,7 @@ class Safari(UpdateStrategy[CompensateState]):
 
     scheme: ClassVar[str] = "safari"
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("submodels", "ffa", "fedsa", "product"), "missing clients are replaced by others, of which all is known."
+        ("submodels", "ffa", "fedsa", *PRODUCTS), "missing clients are replaced by others, of which all is known."
     )
     state_types: ClassVar[tuple[type, ...]] = (CompensateState, Similarity)
 

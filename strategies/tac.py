@@ -24,6 +24,7 @@ from fedkit.errors import ConfigError, ReplyError
 from fedkit.message import Report, from_arrays, to_arrays
 
 from .base import UpdateStrategy
+from .parts import PRODUCTS
 
 
 class Tac(UpdateStrategy[ClusterState]):
@@ -53,7 +54,7 @@ class Tac(UpdateStrategy[ClusterState]):
     scheme: ClassVar[str] = "tac"
     one_for_all: ClassVar[bool] = False
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("submodels", "ffa", "fedsa", "product"), "adapters are told apart by comparing all of them, whole."
+        ("submodels", "ffa", "fedsa", *PRODUCTS), "adapters are told apart by comparing all of them, whole."
     )
     state_types: ClassVar[tuple[type, ...]] = (ClusterState,)
 

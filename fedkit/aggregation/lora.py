@@ -180,6 +180,11 @@ class Products:
             b, a = (arrays[name] if update is None else arrays[name] + update[name] for name in (pair.b, pair.a))
             product.add(weight, b, a)
 
+    def shift(self, weight: float, arrays: NamedArrays) -> None:
+        """Add the products of arrays that are no client's, so many times."""
+        for pair, product in self.sums.items():
+            product.add(weight, arrays[pair.b], arrays[pair.a])
+
     def means(self) -> Mapping[Pair, ProductSum]:
         """Return each layer's mean, after everything was added."""
         for product in self.sums.values():

@@ -17,6 +17,10 @@ Deviations from the paper
 The singular values are split between B and A, and the rows of A never get shorter than they began: see `factors`.
 No matrix of a layer's size is made unless it is smaller than the factors (`ProductSum`). Arrays other than LoRA
 factors are averaged.
+
+With `updates`, which is ours, the changes of the products are averaged, and added to the product of before:
+``W_g + Σ wᵢ (Wᵢ − what i was sent)``. It is the same where all ranks are; where they are not, a client that holds
+fewer components no longer counts as one that wants the others to be zero, by which they shrink in every round.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ class ProductMean:
     """Averages what LoRA factors stand for rather than the factors. It remembers nothing."""
 
     weighted: bool = True  # by number of examples; False: every client counts the same
+    updates: bool = False  # whether the changes of the products are averaged, rather than the products
 
     def init(self, params: NamedArrays) -> None:
         """Return nothing: there is nothing to remember."""
@@ -47,6 +52,8 @@ class ProductMean:
         mean = Mean(self.weighted)(params, cohort, self._seen(uploads, cohort, products), None)
         if not products.total:
             return mean
+        if self.updates:
+            products.shift(products.total, params)
         new = dict(mean.params)
         for pair, product in products.means().items():
             a = params[pair.a]
@@ -59,5 +66,8 @@ class ProductMean:
         for upload in uploads:
             if upload.arrays is not None:
                 weight = upload.num_examples if self.weighted else 1.0
-                products.add(weight, cohort.sent[upload.node_id], upload.arrays)
+                sent = cohort.sent[upload.node_id]
+                products.add(weight, sent, upload.arrays)
+                if self.updates:
+                    products.shift(-weight, sent)
             yield upload

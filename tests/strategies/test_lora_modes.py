@@ -6,6 +6,8 @@ from flwr.app import Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkit.aggregation.lora import LORA_GAP
+from fedkit.aggregation.product import ProductMean
+from fedkit.aggregation.protocol import Cohort, Upload
 from fedkit.broadcast import receive
 from fedkit.clients import AquilaMod, ErrorFeedbackMod
 from fedkit.clients.shares import completed
@@ -228,6 +230,27 @@ def test_products_of_mixed_ranks_come_close_to_the_mean_of_the_goals():
     assert np.linalg.norm(params[B] @ params[A] - mean) < 0.6 * np.linalg.norm(mean)
 
 
+def test_changes_of_products_are_products_where_all_ranks_are_the_same():
+    one, _, _ = run(Plain(lora="product", **DENSE), 5)
+    other, _, _ = run(Plain(lora="product-update", **DENSE), 5)
+    np.testing.assert_allclose(other[B] @ other[A], one[B] @ one[A], rtol=1e-4, atol=1e-5)
+
+
+def test_who_holds_less_shrinks_the_rest_of_a_product_but_not_of_its_changes():
+    """Nobody trains, so nothing should change."""
+    rng = np.random.default_rng(0)
+    params = {A: rng.normal(size=(R, 12)).astype(np.float32), B: rng.normal(size=(10, R)).astype(np.float32)}
+    before, small = params[B] @ params[A], {A: params[A][:2], B: params[B][:, :2]}
+    like = {name: np.zeros_like(array) for name, array in params.items()}
+    low = {A: np.vstack([small[A], like[A][2:]]), B: np.hstack([small[B], like[B][:, 2:]])}
+    cohort = Cohort(1, {1: params, 2: low})
+    uploads = [Upload(i, str(i), 1.0, like, None, True, {}, 0, bytes(16)) for i in (1, 2)]
+    found = {kind: ProductMean(True, kind)(params, cohort, uploads, None).params for kind in (False, True)}
+    after = {kind: arrays[B] @ arrays[A] for kind, arrays in found.items()}
+    np.testing.assert_allclose(after[True], before, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(after[False], (before + low[B] @ low[A]) / 2, rtol=1e-4, atol=1e-4)
+
+
 def test_nothing_is_remembered_of_uploads():
     strategy = Plain(lora="product", **DENSE)
     run(strategy, 3)
@@ -238,6 +261,7 @@ def test_nothing_is_remembered_of_uploads():
     ("make", "reason"),
     [
         (lambda: Aquila(lora="product", **DENSE), "product: not with Aquila"),
+        (lambda: Aquila(lora="product-update", **DENSE), "product-update: not with Aquila"),
         (lambda: ErrorFeedback(lora="product", **DENSE), "product: not with ErrorFeedback"),
         (lambda: Plain(lora="product"), "all factors are new in every round"),
         (lambda: Aquila(lora="fedsa"), "not sent all arrays"),
