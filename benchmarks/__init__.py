@@ -5,6 +5,10 @@
 - ``fuzz``: hostile bytes, a minute of mutated frames or a million of them
 - ``wire``: the ledger beside the kernel's count of the SuperLink's port, in a deployment
 - ``round_time``: the time of a round beside Flower's FedAvg, in a deployment
+- ``aquila``: bits until FedAvg's accuracy, AQUILA beside LAQ, QSGD, AdaQuantFL and MARINA, on three tasks
+- ``text_lora``: bytes until FedAvg's accuracy with MiniLM on SST-2
+- ``mixed_ranks``: ways to average LoRA factors of several ranks
+- ``schedules`` and ``crashes``: random schedules of faults, and programs killed in a deployment
 - ``innovations``: records what the codecs are measured on
 
 Each is small by default; ``--full`` makes the README's figures, ``--json FILE`` writes the table as data. Rows go

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from fedkit.codec.wire import read_header
 from fedkit.message import read_frame, to_arrays
@@ -45,6 +46,7 @@ def test_the_scheme_of_the_readme_learns_and_sends_a_tenth():
     assert max(sizes) <= 0.1 * 88 + 4
 
 
-def test_the_codecs_of_the_readme_can_be_made():
-    (code,) = [block for block in blocks("python") if "Budget(" in block]
+@pytest.mark.parametrize("what", ["Budget(", "submodels="])
+def test_what_the_readme_composes_can_be_made(what):
+    (code,) = [block for block in blocks("python") if what in block]
     exec(compile(code, "README.md", "exec"), {})
