@@ -85,6 +85,7 @@ def test_clients_are_stacked(tmp_path):
     assert list(first.update)[:2] == ["client-0/a", "client-0/b"]
 
 
+@pytest.mark.slow
 def test_the_codec_benchmark_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(codec, "OURS", OURS[:1])
     monkeypatch.setattr(codec, "PEERS", [peer for peer in PEERS if peer.name.startswith(("top-k", "DRIVE"))])
@@ -99,6 +100,7 @@ def test_the_codec_benchmark_from_end_to_end(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_the_aggregate_benchmark_from_end_to_end(tmp_path):
     aggregate.main(["--out", str(tmp_path), "--clients", "2", "--json", str(tmp_path / "rows.json")])
     (row,) = json.loads((tmp_path / "rows.json").read_text())
