@@ -18,9 +18,9 @@ Penalty: TypeAlias = Literal["norm", "cosine"]
 """How A and B are measured, the mean over all of them.
 
 "norm"
-    ``||A A^T - I||_F`` and ``||B^T B - I||_F``, not squared. Where one is 0, so is its gradient. It fixes the scale
-    of the update, too: where it is 0, all singular values of α/r·BA are α/r. At B = 0 its gradient for B is 0, a
-    saddle: the pull on B begins after the first step of the task.
+    ``||A A^T - I||_F`` and ``||B^T B - I||_F``, not squared. Where one is 0, so is its gradient. It fixes the
+    scale of the update, too: where it is 0, all singular values of α/r·BA are α/r. At B = 0 its gradient for B is
+    0, a saddle: the pull on B begins after the first step of the task.
 "cosine"
     The mean absolute cosine of two rows of A, and of two columns of B; "frd" in the released code. Free of scale;
     0 for a zero row, and for r = 1, which has no two rows.
@@ -106,7 +106,8 @@ def effective_rank(model: nn.Module) -> float:
 def _norms(gram: Tensor) -> Tensor:
     """Return the sum of ||G - I||_F over a stack of Gram matrices."""
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.matrix_norm(gram - identity).sum()
+    norms: Tensor = torch.linalg.matrix_norm(gram - identity)
+    return norms.sum()
 
 
 def _cosines(gram: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """RM-LoRA with the Trainer of transformers: the same method as `fedkit.clients.rm_lora`, in its loop.
 
-``RMLoraTrainer(model, arguments, ..., rm_lora=config)`` is a Trainer; for one of your own, say TRL's, put the mixin
-first: ``class Mine(RMLoraTrainerMixin, SFTTrainer)``.
+``RMLoraTrainer(model, arguments, ..., rm_lora=config)`` is a Trainer; for one of your own, say TRL's, put the
+mixin first: ``class Mine(RMLoraTrainerMixin, SFTTrainer)``.
 
 However many batches make up an optimizer step, the penalty's gradient is added once, after the last of them and
 before clipping, and the mask is drawn once, after clipping. The masks of a step follow from ``args.seed`` and its
@@ -9,13 +9,12 @@ number: a run that is taken up again goes on with the same, and so do all proces
 
 Deviations from the released code
 ---------------------------------
-Those of `fedkit.clients.rm_lora`, but the optimizer and its weight decay are the Trainer's. The loss that is logged
-is that of the task alone. Not for DeepSpeed and FSDP, which keep the factors in shards.
+Those of `fedkit.clients.rm_lora`, but the optimizer and its weight decay are the Trainer's. The loss that is
+logged is that of the task alone. Not for DeepSpeed and FSDP, which keep the factors in shards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +32,7 @@ else:
     _Base = object
 
 
-class RMLoraCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+class RMLoraCallback(TrainerCallback):
     """Masks each optimizer step of any Trainer; the penalty needs `RMLoraTrainerMixin`.
 
     Parameters
@@ -64,16 +63,17 @@ class RMLoraCallback(TrainerCallback):  # type: ignore[misc]  # transformers has
             self._masked.after(more["optimizer"])
 
 
-class RMLoraTrainerMixin(_Base):  # type: ignore[misc]
+class RMLoraTrainerMixin(_Base):
     """The penalty and the mask, for a Trainer; `rm_lora` and `rows` as of `RMLoraCallback`."""
 
     def __init__(self, *args: Any, rm_lora: RMLoraConfig, rows: RowDraw | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rm_lora = rm_lora
+        assert self.model is not None  # Trainer has one by now, be it from `model_init`
         self._penalty = rm_lora.regularizer(self.model)
         self.add_callback(RMLoraCallback(rm_lora, rows))
 
-    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the task's loss; the last batch of a step adds the penalty's gradient as well."""
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if self._penalty and self.accelerator.sync_gradients:
@@ -83,9 +83,10 @@ class RMLoraTrainerMixin(_Base):  # type: ignore[misc]
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; return what Trainer does, with "effective-rank" among the metrics."""
         output = super().train(*args, **kwargs)
-        output.metrics["effective-rank"] = effective_rank(self.model)
+        if self.model is not None:
+            output.metrics["effective-rank"] = effective_rank(self.model)
         return output
 
 
-class RMLoraTrainer(RMLoraTrainerMixin, Trainer):  # type: ignore[misc]
+class RMLoraTrainer(RMLoraTrainerMixin, Trainer):
     """The Trainer of transformers, with RM-LoRA."""

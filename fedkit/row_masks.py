@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self, TypeAlias, get_args
+from typing import Final, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,8 @@ from fedkit.submodels import SubModel, is_factor, whole
 Pairing: TypeAlias = Literal["paired", "independent"]
 """Whether B has the same active components as A, or its own draw: "v1" and "v2" of RM-LoRA's released code."""
 
-_RANK, _SEED, _PAIRING = "rows-active-rank", "rows-seed", "rows-pairing"
+_RANK, _PAIRING = "rows-active-rank", "rows-pairing"
+ROWS_SEED: Final = "rows-seed"  # an option of messages, and of the reports that answer them
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +92,18 @@ class RowDraw:
                 sets[name] = (sets[name][0], self.rows(name, array.shape[1]), *sets[name][2:])
         return SubModel(sets)
 
+    def __str__(self) -> str:
+        return f"{self.pairing}/{self.active_rank}/{self.seed}"
+
+    @classmethod
+    def from_str(cls, text: str) -> Self:
+        """Return the draw of a text; inverse of `str`."""
+        pairing, active_rank, seed = text.split("/")
+        return cls(int(active_rank), int(seed), "paired" if pairing == "paired" else "independent")
+
     def to_options(self) -> dict[str, int | str]:
         """Return the draw as options of a message."""
-        return {_RANK: self.active_rank, _SEED: self.seed, _PAIRING: self.pairing}
+        return {_RANK: self.active_rank, ROWS_SEED: self.seed, _PAIRING: self.pairing}
 
     @classmethod
     def from_options(cls, options: Mapping[str, object]) -> Self | None:
@@ -104,9 +114,9 @@ class RowDraw:
         ConfigError
             If it is incomplete.
         """
-        if not options.keys() & {_RANK, _SEED, _PAIRING}:
+        if not options.keys() & {_RANK, ROWS_SEED, _PAIRING}:
             return None
-        rank, seed, pairing = (options.get(key) for key in (_RANK, _SEED, _PAIRING))
+        rank, seed, pairing = (options.get(key) for key in (_RANK, ROWS_SEED, _PAIRING))
         if type(rank) is not int or type(seed) is not int or pairing not in ("paired", "independent"):
             raise ConfigError(f"the draw of rows is incomplete: rank {rank!r}, seed {seed!r}, {pairing!r}.")
         return cls(rank, seed, "paired" if pairing == "paired" else "independent")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from torch import nn
 
 from fedkit.clients.adapters import get_adapter
 from fedkit.clients.rm_lora import (
