@@ -39,7 +39,8 @@ class RowMask:
         How many; of an adapter with a lower rank, all.
     per : {"round", "client"}
         "round": all clients of a round have the same, which then has the mean over all of them, and what they are
-        sent next is as sparse. "client": each its own, a mean over fewer, and nothing of the model rests.
+        sent next is as sparse. "client": each its own, a mean over fewer, and nothing of the model rests; where
+        clients differ, those means scatter (4 unlike quadratics, k/r = 1/2: 2.3 times as far off after 12 rounds).
     pairing : {"paired", "independent"}
         Whether B has the same components as A.
 
