@@ -60,7 +60,7 @@ class AquilaMod(UpdateMod):
             update = {name: array / step_size for name, array in update.items()}
         match job.instructions.options.get("reference"):
             case "nothing":
-                return Coded(job.instructions.codec.encode(update, rng=job.rng))
+                return Coded(job.instructions.codec.encode(job.travelling(update), rng=job.rng))
             case "previous":
                 return self._difference(update, job)
         return self._innovation(update, job)

@@ -31,9 +31,11 @@ from fedkit.message import (
     write_report,
 )
 from fedkit.parcel import read_parcel
+from fedkit.row_masks import ROWS_SEED, RowDraw
 from fedkit.state import ClientState, State
+from fedkit.submodels import take
 
-from .shares import completed, keep, shared
+from .shares import check_rested, completed, keep, shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,15 @@ class Job:
     def rng(self) -> np.random.Generator:
         """Return a generator for this message: another in each round, the same when run again."""
         return np.random.default_rng([self.instructions.server_round, zlib.crc32(self.client_id.encode())])
+
+    @property
+    def rows(self) -> RowDraw | None:
+        """Return which rows of LoRA factors are trained and sent; None: all of them."""
+        return RowDraw.from_options(self.instructions.options)
+
+    def travelling(self, update: NamedArrays) -> NamedArrays:
+        """Return what of an update is sent: its active rows."""
+        return update if self.rows is None else take(update, self.rows.submodel(update))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +126,8 @@ class UpdateMod(ABC):
                 if message.metadata.message_type == MessageType.TRAIN:
                     coded = self._code_reply(reply.content, given, job)
                 options = {**coded.options, **submodel_of(context)}
+                if job.rows is not None:
+                    options[ROWS_SEED] = job.rows.seed
                 report = Report(job.client_id, coded.base, coded.frame is None, job.version, options)
                 write_report(reply.content, report)
                 where.save(state)
@@ -132,7 +145,9 @@ class UpdateMod(ABC):
         check_same_schema(local, like=start)
         check_finite(local)
         lora = str(job.instructions.options.get(LORA, ""))
-        coded = self.code(subtract(*shared(local, start, lora)), job)
+        update = subtract(*shared(local, start, lora))
+        check_rested(update, job.rows)
+        coded = self.code(update, job)
         keep(local, lora, job.state, self.scheme)
         if coded.frame is None:
             del content[key]

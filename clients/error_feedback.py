@@ -38,7 +38,7 @@ class ErrorFeedbackMod(UpdateMod):
         """Return the update, with what was not sent before, as a frame."""
         residual = Residual(job.state, self.scheme, like=update)
         total = add(residual.settle(job.instructions.accepted), update)
-        frame = job.instructions.codec.encode(total, rng=job.rng)
+        frame = job.instructions.codec.encode(job.travelling(total), rng=job.rng)
         residual.keep(total)
-        residual.stage(frame)
+        residual.stage(frame, job.rows)
         return Coded(frame, residual.digest)

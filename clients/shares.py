@@ -15,7 +15,8 @@ import numpy as np
 from fedkit.arrays import NamedArrays
 from fedkit.codec.snapshot import decode_snapshot, encode_snapshot
 from fedkit.errors import CodecError, FedkitError
-from fedkit.submodels import is_factor
+from fedkit.row_masks import RowDraw
+from fedkit.submodels import is_factor, take
 
 _OWN: Final = "own"  # in the state, after the scheme's name: the lora_B of this client
 
@@ -52,6 +53,19 @@ def shared(local: NamedArrays, given: NamedArrays, lora: str) -> tuple[NamedArra
                     f"array {name!r} was trained, which lora='ffa' forbids. Freeze it: freeze_lora_a."
                 )
     return {name: local[name] for name in names}, {name: given[name] for name in names}
+
+
+def check_rested(update: NamedArrays, rows: RowDraw | None) -> None:
+    """Check that the rows which are not sent were not trained either; raises FedkitError."""
+    if rows is None:
+        return
+    sent = take(update, rows.submodel(update))
+    for name, array in update.items():
+        if np.count_nonzero(array) != np.count_nonzero(sent[name]):
+            raise FedkitError(
+                f"array {name!r} was trained in components that rest in this round, which would be lost. "
+                "Train with rows=fedkit.message.rows_of(message), and keep the adapter in float32."
+            )
 
 
 def keep(local: NamedArrays, lora: str, state: MutableMapping[str, bytes], scheme: str) -> None:

@@ -31,6 +31,8 @@ from typing import Final
 from fedkit.arrays import NamedArrays, add, subtract, zeros_like
 from fedkit.codec.wire import Codec, decode
 from fedkit.errors import CodecError
+from fedkit.row_masks import RowDraw
+from fedkit.submodels import embed, shapes
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +78,13 @@ class ClientMemory:
     def __init__(self, state: MutableMapping[str, bytes], scheme: str, *, like: NamedArrays) -> None:
         self._state, self._like = state, like
         self._arrays, self._digest, self._upload = (f"{scheme}.{part}" for part in ("memory", "digest", "staged"))
+        self._rows = f"{scheme}.staged-rows"
         self.digest, self.arrays, self._staged = self._load()
 
     def settle(self, accepted: bytes) -> NamedArrays:
         """Commit, roll back or forget, by the digest of what the server accepted; return what it has."""
         if self._staged is not None and chain(self.digest, self._staged) == accepted:
-            self.arrays = self._committed(decode(self._staged, like=self._like))
+            self.arrays = self._committed(self._uploaded(self._staged))
             self.digest = accepted
         elif accepted != self.digest:
             if self.digest != GENESIS or accepted != GENESIS:
@@ -91,10 +94,19 @@ class ClientMemory:
         self._save()
         return self.arrays
 
-    def stage(self, frame: bytes) -> None:
-        """Remember an upload until the server says whether it arrived."""
+    def stage(self, frame: bytes, rows: RowDraw | None = None) -> None:
+        """Remember an upload, of some rows or of all, until the server says whether it arrived."""
         self._staged = frame
         self._save()
+        if rows is not None:
+            self._state[self._rows] = str(rows).encode()
+
+    def _uploaded(self, frame: bytes) -> NamedArrays:
+        """Return what was staged, zero in the rows that it is not of."""
+        if self._rows not in self._state:
+            return decode(frame, like=self._like)
+        part = RowDraw.from_str(self._state[self._rows].decode()).submodel(self._like)
+        return embed(decode(frame, like=shapes(part, like=self._like)), part, like=self._like)
 
     def _committed(self, upload: NamedArrays) -> NamedArrays:
         return add(self.arrays, upload)
@@ -110,6 +122,7 @@ class ClientMemory:
         return GENESIS, zeros_like(self._like), None
 
     def _save(self) -> None:
+        self._state.pop(self._rows, None)
         self._state[self._arrays], self._state[self._digest] = Codec().encode(self.arrays), self.digest
         if self._staged is None:
             self._state.pop(self._upload, None)

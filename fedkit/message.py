@@ -21,6 +21,7 @@ from fedkit.codec.names import from_text, to_text
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError, ReplyError, WireFormatError
+from fedkit.row_masks import RowDraw
 
 R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
@@ -138,6 +139,11 @@ def read_instructions(message: Message) -> Instructions:
         experiment=str(config.get(EXPERIMENT, "")),
         introduce=bool(config.get(INTRODUCE, False)),
     )
+
+
+def rows_of(message: Message) -> RowDraw | None:
+    """Return which components of LoRA factors the app shall train in this round; None: all of them."""
+    return RowDraw.from_options(read_instructions(message).options) if read_scheme(message) else None
 
 
 def write_report(content: RecordDict, report: Report) -> None:

@@ -50,6 +50,16 @@ def without(submodel: SubModel, names: Collection[str]) -> SubModel:
     return SubModel(kept, submodel.scales)
 
 
+def within(submodel: SubModel, part: SubModel) -> SubModel:
+    """Return the sub-model that `part` is of the arrays of `submodel`, as one of the server's."""
+    sets = {
+        name: tuple(outer[inner] for outer, inner in zip(submodel.index_sets[name], indices, strict=True))
+        for name, indices in part.index_sets.items()
+    }
+    scales = {name: submodel.scales.get(name, 1.0) * part.scales.get(name, 1.0) for name in sets}
+    return SubModel(sets, {name: scale for name, scale in scales.items() if scale != 1.0})
+
+
 def check(submodel: SubModel, *, like: NamedArrays) -> None:
     """Check that a sub-model is one of these arrays.
 

@@ -1,6 +1,7 @@
 """Flower strategies, the server's half of each scheme."""
 
 from fedkit.limits import Limits
+from fedkit.row_masks import RowMask
 
 from .aquila import Aquila
 from .base import UpdateStrategy
@@ -20,6 +21,7 @@ __all__ = [
     "Limits",
     "Marina",
     "Plain",
+    "RowMask",
     "Safari",
     "Tac",
     "UpdateStrategy",

@@ -30,7 +30,7 @@ from fedkit.errors import ConfigError
 from fedkit.message import to_arrays
 from fedkit.skipping import SkipRule
 
-from .asking import Part
+from .asking import ROWS_MOVE, Part
 from .base import UpdateStrategy
 
 
@@ -73,6 +73,7 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
     """
 
     scheme: ClassVar[str] = "aquila"
+    refused: ClassVar[Mapping[str, str]] = {**UpdateStrategy.refused, "row_mask": ROWS_MOVE}
     aggregator: LazyMean
 
     def __init__(

@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedkit.aggregation.protocol import StepSize, step_at
-from fedkit.arrays import NamedArrays, num_values
+from fedkit.arrays import NamedArrays
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError, QuorumError, ReplyError
@@ -22,13 +22,12 @@ from fedkit.limits import Limits
 from fedkit.message import LORA, STEP_SIZE, Instructions, write_instructions
 from fedkit.parcel import write_parcel
 from fedkit.rounds import RoundGrid
-from fedkit.submodels import Cut
 
 from .budget import Budget
 from .contents import mean_metrics
 from .downlink import Downlink
 from .options import FedAvgOptions
-from .parts import PRODUCTS, WHOLE, LoraMode, Parts
+from .parts import PRODUCTS, WHOLE, Parts
 from .progress import Progress
 from .replies import Registry
 from .sampling import choose, wait_for_nodes
@@ -37,6 +36,10 @@ Part: TypeAlias = Callable[[NamedArrays], NamedArrays]
 """What a node sends updates of, in its own units."""
 
 REMEMBERS: Final = "what it remembers of former rounds is in the terms of factors that the next SVD replaces."
+ROWS_MOVE: Final = (
+    "it steps along all that clients ever sent, so rows that rest would move by what they sent rounds ago. "
+    "Use Plain or ErrorFeedback."
+)
 
 
 class Asking(FedAvg):
@@ -50,9 +53,8 @@ class Asking(FedAvg):
         self,
         codec: Codec,
         downlink: Downlink,
+        parts: Parts,
         *,
-        submodels: Mapping[str, Cut] | None,
-        lora: LoraMode,
         step_size: StepSize,
         budget: Budget | None,
         limits: Limits | None,
@@ -64,7 +66,7 @@ class Asking(FedAvg):
         fedavg.setdefault("train_metrics_aggr_fn", mean_metrics)
         fedavg.setdefault("evaluate_metrics_aggr_fn", mean_metrics)
         super().__init__(**fedavg)
-        self.parts = Parts(submodels, lora)
+        self.parts = parts
         self._check_composition(downlink)
         step_at(step_size, 1)
         self.step_size = step_size
@@ -93,6 +95,7 @@ class Asking(FedAvg):
         name, lora = type(self).__name__, self.parts.lora
         wanted: list[str] = [lora] if lora != "factors" else []
         wanted += ["submodels"] if self.parts.differ else []
+        wanted += ["row_mask"] if self.parts.rows.mask else []
         for option in wanted:
             if option in self.refused:
                 raise ConfigError(f"{option}: not with {name}: {self.refused[option]}")
@@ -156,7 +159,7 @@ class Asking(FedAvg):
             for node_id in grid.ready(node_ids, server_round)
             if not self.registry.knows(node_id) or self.parts.unknown(node_id, self.registry.submodels)
         ]
-        matters = sampling or self.parts.differ or self.progress.before or self.registry.absent(node_ids)
+        matters = sampling or self.progress.before or self.registry.absent(node_ids) or self.parts.by_client
         if not unknown or not matters:
             return
         messages = []
@@ -184,6 +187,8 @@ class Asking(FedAvg):
                 continue
             self.ledger.ideal(node_id, "downlink", bits)
             options = self._options_of(node_id, known)
+            if kind == MessageType.TRAIN:
+                options = {**options, **self.parts.rows.options(node_id)}
             if size != 1:
                 options = {**options, STEP_SIZE: size}  # for the mod
             own = ConfigRecord(dict(config))
@@ -219,6 +224,6 @@ class Asking(FedAvg):
             self.ledger,
             down=down,
             down_later=self.downlink.typical_bytes,
-            num_values=num_values(self._params),
+            num_values=self.parts.num_values(self._params),
             rounds_left=self.num_rounds - server_round + 1,
         )

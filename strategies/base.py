@@ -26,6 +26,7 @@ from fedkit.errors import ReplyError
 from fedkit.ledger import EvaluateFn
 from fedkit.limits import Limits
 from fedkit.message import Report, from_arrays, to_arrays
+from fedkit.row_masks import RowMask
 from fedkit.submodels import Cut
 
 from .asking import Asking
@@ -33,7 +34,7 @@ from .budget import Budget
 from .contents import weight_of
 from .downlink import Downlink
 from .options import FedAvgOptions
-from .parts import LoraMode
+from .parts import LoraMode, Parts
 from .replies import Inbox
 
 logger = logging.getLogger(__name__)
@@ -55,11 +56,13 @@ class UpdateStrategy(Asking, Generic[S]):
         Each node is sent, and sends, its part; without a `downlink` only.
     lora : {"factors", "ffa", "fedsa", "product", "product-update"}
         How LoRA factors are averaged: see `fedkit.strategies.parts.LoraMode`.
+    row_mask : RowMask, optional
+        Let clients train and send few rows of LoRA factors, others in each round: `fedkit.row_masks`.
     step_size : float or callable
         See `Aquila`; for schemes that say so.
     downlink : Codec, optional
-        How the server codes the change of the arrays; `evaluate_fn` and the result see the arrays that the clients
-        rebuilt (`fedkit.broadcast`). None: all arrays are sent, in float32, every time.
+        How the server codes changes of the arrays; `evaluate_fn` and the result see what the clients rebuilt
+        (`fedkit.broadcast`). None: all arrays are sent, in float32, every time.
     initial : Codec
         How the initial arrays are coded, once for each client; by default without loss.
     budget : Budget, optional
@@ -69,7 +72,7 @@ class UpdateStrategy(Asking, Generic[S]):
     checkpoint : str or Path
         The folder where the run is saved after each round; `start` takes up what it finds there. Empty: nowhere.
     seed : int
-        Of the choice of clients, when not all take part.
+        Of the choice of clients, when not all take part, and of rows.
     node_timeout : float
         Seconds to wait for `min_available_nodes` at first, or for the quorum before a later round.
     **fedavg
@@ -86,6 +89,7 @@ class UpdateStrategy(Asking, Generic[S]):
         *,
         submodels: Mapping[str, Cut] | None = None,
         lora: LoraMode = "factors",
+        row_mask: RowMask | None = None,
         step_size: StepSize = 1.0,
         downlink: Codec | None = TWO_BITS,
         initial: Codec = ALL_NONZERO,
@@ -99,8 +103,7 @@ class UpdateStrategy(Asking, Generic[S]):
         super().__init__(
             codec,
             Downlink(downlink, initial, seed),
-            submodels=submodels,
-            lora=lora,
+            Parts(submodels, lora, row_mask),
             step_size=step_size,
             budget=budget,
             limits=limits,
@@ -113,8 +116,6 @@ class UpdateStrategy(Asking, Generic[S]):
         self._cohort = Cohort(0, {})
         self._unanswered: Mapping[int, NamedArrays] = {}  # what nodes were sent that may yet answer, too late
 
-    # ---- what a scheme may override ------------------------------------------------------------
-
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
         """Return arrays with the names and shapes of an upload; here those of the node's part."""
         return self.parts.expected(sent, report)
@@ -126,8 +127,6 @@ class UpdateStrategy(Asking, Generic[S]):
     def recall(self, params: NamedArrays, saved: Tree | None) -> None:
         """Go on from what `remember` returned; None: begin a run."""
         self.state = self.aggregator.init(params) if saved is None else saved
-
-    # ---- Flower's round ------------------------------------------------------------------------
 
     def start(
         self,
@@ -172,9 +171,9 @@ class UpdateStrategy(Asking, Generic[S]):
             return metrics
 
         wanted = evaluate if evaluate_fn or self.progress.folder else None
-        left = max(0, num_rounds - before)
-        result = super().start(grid, from_arrays(params), left, timeout, train_config, evaluate_config, wanted)
-        return self.progress.complete(result, from_arrays(params))
+        left, begin = max(0, num_rounds - before), from_arrays(params)
+        result = super().start(grid, begin, left, timeout, train_config, evaluate_config, wanted)
+        return self.progress.complete(result, begin)
 
     def summary(self) -> None:
         """Log the settings."""
@@ -195,6 +194,7 @@ class UpdateStrategy(Asking, Generic[S]):
         self._unanswered = {node_id: sent for node_id, sent in self._unanswered.items() if node_id in owing}
         sent = self.distribute(self._params, node_ids)
         self._cohort = self.parts.cohort(Cohort(server_round, sent, self.registry.names(node_ids)))
+        self.parts.rows.draw(self.seed, self._cohort)
         return self._messages(MessageType.TRAIN, server_round, config, sent)
 
     def aggregate_train(
@@ -207,7 +207,7 @@ class UpdateStrategy(Asking, Generic[S]):
         answered = {reply.metadata.src_node_id for reply in replies}
         self._unanswered = {node_id: sent for node_id, sent in cohort.sent.items() if node_id not in answered}
         inbox = Inbox(self.registry, self.ledger, cohort, self.weighted_by_key)
-        judged = inbox.judge(replies)
+        judged = inbox.judge(replies, self.parts.check)
         if len(judged) < self.limits.needed(asked):
             if replies:
                 self.limits.refuse(f"Round {server_round}: {len(judged)} of {asked} replies can be used.")

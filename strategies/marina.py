@@ -21,7 +21,7 @@ from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError
 
-from .asking import Part
+from .asking import ROWS_MOVE, Part
 from .base import UpdateStrategy
 
 
@@ -48,6 +48,7 @@ class Marina(UpdateStrategy[Estimate]):
     """
 
     scheme: ClassVar[str] = "aquila"  # whose mod does this, too
+    refused: ClassVar[Mapping[str, str]] = {**UpdateStrategy.refused, "row_mask": ROWS_MOVE}
     state_types: ClassVar[tuple[type, ...]] = (Estimate,)
 
     def __init__(

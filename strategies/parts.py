@@ -4,7 +4,8 @@ The parts have names, which nodes know from their own config, key ``submodel``, 
 name stands for, the server alone knows. A node that names none holds the whole.
 
 What LoRA clients share narrows the parts further (`LoraMode`): with "ffa" no upload holds a lora_A, with "fedsa"
-no message holds a lora_B (the array travels empty, for its number of rows).
+no message holds a lora_B (the array travels empty, for its number of rows). In each round a node may be asked for
+a few rows of LoRA factors alone (`Rows`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.aggregation.protocol import Cohort, Upload
-from fedkit.arrays import NamedArrays, flatten_mask, schema_digest
-from fedkit.errors import ConfigError
+from fedkit.arrays import NamedArrays, flatten_mask, num_values, schema_digest
+from fedkit.errors import ConfigError, ReplyError
 from fedkit.message import SUBMODEL, Report
-from fedkit.submodels import Cut, SubModel, check, embed, is_factor, owned, shapes, take, whole, without
+from fedkit.row_masks import RowMask
+from fedkit.submodels import Cut, SubModel, check, embed, is_factor, owned, shapes, take, whole, within, without
+
+from .rows import Owned, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,8 @@ class Parts:
         What cuts out the part of each name. None: every node holds the whole, whatever it says.
     lora : LoraMode
         How LoRA factors are averaged.
+    row_mask : RowMask, optional
+        What of its part a node sends; None: all.
 
     Raises
     ------
@@ -64,13 +70,16 @@ class Parts:
         If there is no such `lora`, or a sub-model has no name.
     """
 
-    def __init__(self, submodels: Mapping[str, Cut] | None, lora: LoraMode) -> None:
+    def __init__(
+        self, submodels: Mapping[str, Cut] | None, lora: LoraMode, row_mask: RowMask | None = None
+    ) -> None:
         if lora not in get_args(LoraMode):
             raise ConfigError(f"lora: expected one of {', '.join(get_args(LoraMode))}, got {lora!r}.")
         if submodels is not None and WHOLE in submodels:
             raise ConfigError("submodels: a sub-model needs a name; nodes that name none hold the whole.")
         self.cuts: dict[str, Cut] = {WHOLE: whole, **(submodels or {})}
         self.lora, self.differ = lora, bool(submodels)  # whether nodes hold different parts
+        self.rows = Rows(row_mask)
         self.sent: dict[int, str] = {}  # the part that each node was sent last
         self._schema = b""
         self._like: NamedArrays = {}
@@ -81,7 +90,12 @@ class Parts:
     @property
     def trivial(self) -> bool:
         """Whether every node is sent everything, and sends everything back."""
-        return not self.differ and self.lora not in ("ffa", "fedsa")
+        return not self.differ and self.lora not in ("ffa", "fedsa") and self.rows.mask is None
+
+    @property
+    def by_client(self) -> bool:
+        """Whether it matters, before a node is asked, which client it is."""
+        return self.differ or self.rows.by_client
 
     def prepare(self, params: NamedArrays) -> None:
         """Cut the parts of arrays with these names and shapes; raises ConfigError if one cannot be cut."""
@@ -148,26 +162,52 @@ class Parts:
             cohort, submodels={node_id: self.sent[node_id] for node_id in cohort.sent}, owned=self._owned
         )
 
+    def check(self, node_id: int, report: Report) -> None:
+        """Raise ReplyError for a reply about another part than its node was sent, or other rows."""
+        sent, said = self.sent.get(node_id, WHOLE), str(report.options.get(SUBMODEL, WHOLE))
+        if self.differ and sent != said:
+            raise ReplyError(f"it was sent sub-model {sent!r} and says that it holds {said!r}.")
+        self.rows.check(node_id, report)
+
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
-        """Return arrays with the names and shapes of an upload."""
+        """Return arrays with the names and shapes of an upload, whose report was checked."""
         if self.trivial:
             return sent
-        return shapes(
-            self._up[str(report.options.get(SUBMODEL, WHOLE)) if self.differ else WHOLE], like=self._like
-        )
+        name = str(report.options.get(SUBMODEL, WHOLE)) if self.differ else WHOLE
+        part, draw = shapes(self._up[name], like=self._like), self.rows.said(report)
+        return part if draw is None else shapes(draw.submodel(part), like=part)
+
+    def num_values(self, params: NamedArrays) -> int:
+        """Return how many values the largest upload holds."""
+        part = params if self.trivial else shapes(self._up[WHOLE], like=self._like)
+        return num_values(part if self.rows.mask is None else take(part, self.rows.mask.draw().submodel(part)))
 
     def embedded(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
         """Yield uploads in the server's units, zero where their clients hold nothing."""
         for upload in uploads:
             if upload.arrays is not None and not self.trivial:
-                arrays = embed(upload.arrays, self._up[upload.submodel], like=self._like)
-                yield replace(upload, arrays=arrays)
+                name = self.rows.key(upload.submodel, upload.node_id)
+                yield replace(upload, arrays=embed(upload.arrays, self._of(name), like=self._like), submodel=name)
             else:
                 yield upload
 
     def whole(self, cohort: Cohort) -> Cohort:
-        """Return the cohort with all that was sent in the server's units, embedded when it is looked at."""
-        return cohort if self.trivial else replace(cohort, sent=_Embedded(cohort, self._down, self._like))
+        """Return the cohort with all that was sent in the server's units, embedded when it is looked at.
+
+        What an upload owns is then what was sent of it.
+        """
+        if not self.trivial:
+            cohort = replace(cohort, sent=_Embedded(cohort, self._down, self._like))
+        if self.rows.mask is None:
+            return cohort
+        keys = {self.rows.key(name, node_id) for node_id, name in cohort.submodels.items()}
+        return replace(cohort, owned=Owned(keys, lambda key: owned(self._of(key), like=self._like)))
+
+    def _of(self, key: str) -> SubModel:
+        """Return what an upload holds, by the name of its part and its draw of rows."""
+        name, draw = self.rows.parse(key)
+        up = self._up[name]
+        return up if draw is None else within(up, draw.submodel(shapes(up, like=self._like)))
 
     def _check_factors(self, params: NamedArrays) -> list[str]:
         """Return the LoRA factors that no client sends; ConfigError if they cannot be left out."""

@@ -131,5 +131,6 @@ def fingerprint(strategy: UpdateStrategy[Any], params: NamedArrays) -> dict[str,
         "downlink": None if downlink is None else to_text(downlink),
         "seed": strategy.seed,
         "parts": None if strategy.parts.trivial else [strategy.parts.lora, *strategy.parts.cuts],
+        "rows": strategy.parts.rows.mask and repr(strategy.parts.rows.mask),
         "schema": schema_digest(params),
     }

@@ -148,13 +148,13 @@ class Inbox:
     cohort: Cohort
     weight_key: str  # the metric that a reply weighs by
 
-    def judge(self, replies: Iterable[Message]) -> list[Judged]:
-        """Return the replies that can be used, by client id; refuse the others."""
+    def judge(self, replies: Iterable[Message], check: Callable[[int, Report], None]) -> list[Judged]:
+        """Return the replies that can be used, by client id; refuse the others, and those that `check` refuses."""
         judged: dict[str, Judged] = {}
         for reply in replies:
             try:
                 report = self.registry.read(reply, self.cohort.sent)
-                self._check_submodel(reply.metadata.src_node_id)
+                check(reply.metadata.src_node_id, report)
                 weight = weight_of(reply, self.weight_key)
                 if report.client_id in judged:
                     raise ReplyError(f"another node answered as client {report.client_id!r} already.")
@@ -203,11 +203,6 @@ class Inbox:
                 digest=digest,
                 submodel=self.cohort.submodels.get(node_id, ""),
             )
-
-    def _check_submodel(self, node_id: int) -> None:
-        sent, said = self.cohort.submodels.get(node_id, ""), self.registry.submodels[node_id]
-        if len(self.cohort.owned) > 1 and sent != said:
-            raise ReplyError(f"it was sent sub-model {sent!r} and says that it holds {said!r}.")
 
     def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
         if not counted:  # an error reply was counted, and logged, by the grid

@@ -53,7 +53,8 @@ class Safari(UpdateStrategy[CompensateState]):
 
     scheme: ClassVar[str] = "safari"
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("submodels", "ffa", "fedsa", *PRODUCTS), "missing clients are replaced by others, of which all is known."
+        ("submodels", "row_mask", "ffa", "fedsa", *PRODUCTS),
+        "missing clients are replaced by others, of which all is known.",
     )
     state_types: ClassVar[tuple[type, ...]] = (CompensateState, Similarity)
 

@@ -32,7 +32,7 @@ LAYERS = [  # each may import from its own layer and from those below
     {"fedkit.message", "fedkit.parcel", "fedkit.skipping"},
     {"fedkit.flower", "fedkit.config", "fedkit.sockets", "fedkit.files"},
     {"fedkit.codec", "fedkit.aggregation", "fedkit.faults", "fedkit.limits", "fedkit.processes"},
-    {"fedkit.submodels"},
+    {"fedkit.row_masks", "fedkit.submodels"},
     {"fedkit.arrays", "fedkit.errors", "fedkit.assets", "fedkit"},
 ]
 FORBIDDEN_PAIRS = [

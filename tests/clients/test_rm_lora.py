@@ -1,13 +1,13 @@
 """Laws of `fedkit.clients.rm_lora`."""
 
 import math
-from types import SimpleNamespace
+import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from peft import PeftModel
 
 from fedkit.clients.adapters import get_adapter
 from fedkit.clients.rm_lora import (
@@ -19,58 +19,13 @@ from fedkit.clients.rm_lora import (
     train_rm_lora,
 )
 from fedkit.errors import ConfigError
-
-R = 4
-
-
-class TinyNet(nn.Module):
-    """Two layers with a loss, the way transformers return it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(6, 8)
-        self.middle = nn.Linear(8, 8)
-        self.dropout = nn.Dropout(0.2)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
-        """Return the cross-entropy as `.loss`."""
-        logits = self.head(self.dropout(self.middle(self.hidden(x).relu()).relu()))
-        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels))
-
-
-def tiny_model(*, b_is_zero: bool = True) -> PeftModel:
-    torch.manual_seed(0)
-    model = get_peft_model(
-        TinyNet(), LoraConfig(r=R, target_modules=["hidden", "middle"], modules_to_save=["head"])
-    )
-    if not b_is_zero:
-        for _, _, b in lora_pairs(model):
-            nn.init.normal_(b)
-    return model
-
-
-def tiny_batches() -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(24, 6, generator=generator)
-    labels = torch.randint(0, 3, (24,), generator=generator)
-    return [{"x": x[i : i + 8], "labels": labels[i : i + 8]} for i in range(0, 24, 8)]
-
-
-def rm_config(**changes: object) -> RMLoraConfig:
-    values = {"r": R, "lora_alpha": 8, "active_rank": 2, "target_modules": ("hidden", "middle")}
-    return RMLoraConfig(**(values | changes))  # type: ignore[arg-type]
+from tests.helpers.tiny_lora import R, TinyNet, kept, rm_config, tiny_batches, tiny_model
 
 
 def trained(config: RMLoraConfig, *, seed: int = 0, epochs: int = 2) -> dict[str, np.ndarray]:
     model = tiny_model()
     train_rm_lora(model, tiny_batches(), config, learning_rate=1e-2, epochs=epochs, seed=seed)
     return get_adapter(model)
-
-
-def kept(grad: Tensor) -> list[int]:
-    """Return the indices along dimension 0 that hold any gradient."""
-    return grad.flatten(1).any(1).nonzero().flatten().tolist()
 
 
 def with_gradients() -> PeftModel:
@@ -236,6 +191,8 @@ def test_training_without_batches_is_refused() -> None:
         {"active_rank": 0},
         {"active_rank": R + 1},
         {"mask": "v1"},
+        {"hold": "row"},
+        {"penalty": "frd"},
         {"orth_reg_weight": -0.1},
         {"orth_reg_weight": float("nan")},
         {"target_modules": ()},
@@ -245,3 +202,33 @@ def test_values_that_can_never_work_are_refused_by_name(changes: dict[str, objec
     name = "r " if "r" in changes else next(iter(changes))
     with pytest.raises(ConfigError, match=name):
         rm_config(**changes)
+
+
+def test_the_head_is_trained_although_every_step_is_masked() -> None:
+    model = tiny_model()
+    before = [p.detach().clone() for name, p in model.named_parameters() if "head" in name and p.requires_grad]
+    train_rm_lora(model, tiny_batches(), rm_config(active_rank=1), learning_rate=1e-2, seed=0)
+    after = [p for name, p in model.named_parameters() if "head" in name and p.requires_grad]
+    assert all((a != b).float().mean() > 0.5 for a, b in zip(before, after, strict=True))
+
+
+def test_pythons_random_numbers_decide_nothing() -> None:
+    adapters = []
+    for seed in (1, 2):
+        random.seed(seed)
+        state = random.getstate()
+        adapters.append(trained(rm_config()))
+        assert random.getstate() == state
+    assert all(np.array_equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_an_adapter_that_was_saved_is_loaded_by_plain_peft(tmp_path: Path) -> None:
+    model = tiny_model()
+    train_rm_lora(model, tiny_batches(), rm_config(orth_reg_weight=0.1), learning_rate=1e-2, seed=0)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(TinyNet(), tmp_path)
+    batch = tiny_batches()[0]
+    assert model.eval()(**batch).loss.item() == loaded.eval()(**batch).loss.item()
+    for name, array in get_adapter(model).items():
+        np.testing.assert_array_equal(array, get_adapter(loaded)[name])

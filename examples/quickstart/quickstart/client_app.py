@@ -5,7 +5,7 @@ from flwr.clientapp import ClientApp
 
 from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod
 from fedkit.config import parse
-from fedkit.message import from_arrays, to_arrays
+from fedkit.message import from_arrays, rows_of, to_arrays
 from quickstart import task
 
 # Each mod acts on the messages of its own strategy.
@@ -34,7 +34,8 @@ def train(message: Message, context: Context) -> Message:
     images, labels = task.load_partition(config, partition_id)
     model = task.build_model(config)
     set_adapter(model, to_arrays(message.content.array_records["arrays"]))
-    metrics = task.train(model, images, labels, config, seed=task.local_seed(config, server_round, partition_id))
+    seed = task.local_seed(config, server_round, partition_id)
+    metrics = task.train(model, images, labels, config, seed=seed, rows=rows_of(message))
 
     return Message(
         RecordDict(

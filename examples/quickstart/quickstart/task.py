@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import ViTForImageClassification
 
     from fedkit.clients.rm_lora import RMLoraConfig
+    from fedkit.row_masks import RowDraw
 
 HAS_TORCH = find_spec("torch") is not None
 ASSET = "vit_8x8.safetensors"
@@ -175,9 +176,15 @@ def to_pixel_values(images: NDArray[np.float32]) -> torch.Tensor:
 
 
 def train(
-    model: PeftModel, images: NDArray[np.float32], labels: NDArray[np.int64], config: Config, *, seed: int
+    model: PeftModel,
+    images: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    config: Config,
+    *,
+    seed: int,
+    rows: RowDraw | None = None,
 ) -> dict[str, float]:
-    """Train the adapter of `model` in place with RM-LoRA; return the metrics."""
+    """Train the adapter of `model` in place with RM-LoRA, of some `rows` or of all; return the metrics."""
     import torch
     from torch.utils.data import DataLoader
 
@@ -196,6 +203,7 @@ def train(
         learning_rate=config.learning_rate,
         epochs=config.local_epochs,
         seed=seed,
+        rows=rows,
     )
 
 

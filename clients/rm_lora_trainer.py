@@ -1,0 +1,92 @@
+"""RM-LoRA with the Trainer of transformers: the same method as `fedkit.clients.rm_lora`, in its loop.
+
+``RMLoraTrainer(model, arguments, ..., rm_lora=config)`` is a Trainer; for one of your own, say TRL's, put the
+mixin first: ``class Mine(RMLoraTrainerMixin, SFTTrainer)``.
+
+However many batches make up an optimizer step, the penalty's gradient is added once, after the last of them and
+before clipping, and the mask is drawn once, after clipping. The masks of a step follow from ``args.seed`` and its
+number: a run that is taken up again goes on with the same, and so do all processes of a distributed one.
+
+Deviations from the released code
+---------------------------------
+Those of `fedkit.clients.rm_lora`, but the optimizer and its weight decay are the Trainer's. The loss that is
+logged is that of the task alone. Not for DeepSpeed and FSDP, which keep the factors in shards.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from fedkit.row_masks import RowDraw
+
+from .orthogonality import effective_rank
+from .rm_lora import RMLoraConfig
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class RMLoraCallback(TrainerCallback):
+    """Masks each optimizer step of any Trainer; the penalty needs `RMLoraTrainerMixin`.
+
+    Parameters
+    ----------
+    config : RMLoraConfig
+        What is masked.
+    rows : RowDraw, optional
+        The components that the server wants trained: `fedkit.message.rows_of`.
+    """
+
+    def __init__(self, config: RMLoraConfig, rows: RowDraw | None = None) -> None:
+        self.config, self.rows = config, rows
+        self._masked: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Look up the factors."""
+        self._masked = self.config.masked_step(more["model"], self.rows)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Hold back what rests in this step, after accumulation and clipping."""
+        if self._masked:
+            seed = torch.Generator().manual_seed(args.seed * 1_000_003 + state.global_step)
+            self._masked.before(seed, more["optimizer"])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Put back what rests, if it is held back whole."""
+        if self._masked:
+            self._masked.after(more["optimizer"])
+
+
+class RMLoraTrainerMixin(_Base):
+    """The penalty and the mask, for a Trainer; `rm_lora` and `rows` as of `RMLoraCallback`."""
+
+    def __init__(self, *args: Any, rm_lora: RMLoraConfig, rows: RowDraw | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rm_lora = rm_lora
+        assert self.model is not None  # Trainer has one by now, be it from `model_init`
+        self._penalty = rm_lora.regularizer(self.model)
+        self.add_callback(RMLoraCallback(rm_lora, rows))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the task's loss; the last batch of a step adds the penalty's gradient as well."""
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        if self._penalty and self.accelerator.sync_gradients:
+            self.accelerator.backward(self.rm_lora.orth_reg_weight * self._penalty())
+        return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; return what Trainer does, with "effective-rank" among the metrics."""
+        output = super().train(*args, **kwargs)
+        if self.model is not None:
+            output.metrics["effective-rank"] = effective_rank(self.model)
+        return output
+
+
+class RMLoraTrainer(RMLoraTrainerMixin, Trainer):
+    """The Trainer of transformers, with RM-LoRA."""

@@ -1,0 +1,91 @@
+"""Which rows of LoRA factors each node was asked for: `fedkit.row_masks`.
+
+A node that still owes a reply is not asked again, so what it was asked for last is what its reply is about,
+however late it comes; the reply says so, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Set
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkit.aggregation.protocol import Cohort
+from fedkit.arrays import Mask, flatten_mask
+from fedkit.config import Scalar
+from fedkit.errors import ReplyError
+from fedkit.message import Report
+from fedkit.row_masks import ROWS_SEED, RowDraw, RowMask
+
+
+class Rows:
+    """The draws of all nodes.
+
+    Parameters
+    ----------
+    mask : RowMask, optional
+        None: all rows, always.
+    """
+
+    def __init__(self, mask: RowMask | None) -> None:
+        self.mask = mask
+        self._told: dict[int, RowDraw] = {}  # what each node was asked for last
+
+    @property
+    def by_client(self) -> bool:
+        """Whether clients have rows of their own."""
+        return self.mask is not None and self.mask.per == "client"
+
+    def draw(self, seed: int, cohort: Cohort) -> None:
+        """Draw the rows of a round; the same for the same seed, round and clients."""
+        if self.mask is not None:
+            for node_id in cohort.sent:
+                own = [cohort.client_ids.get(node_id, node_id)] if self.by_client else []
+                self._told[node_id] = self.mask.draw(seed, cohort.server_round, *own)
+
+    def options(self, node_id: int) -> Mapping[str, Scalar]:
+        """Return what a node must be told to know its rows."""
+        return {} if self.mask is None else self._told[node_id].to_options()
+
+    def said(self, report: Report) -> RowDraw | None:
+        """Return the rows of an upload, by its report, which was checked."""
+        seed = report.options.get(ROWS_SEED)
+        return None if self.mask is None else RowDraw(self.mask.active_rank, int(seed or 0), self.mask.pairing)
+
+    def check(self, node_id: int, report: Report) -> None:
+        """Raise ReplyError for a reply about other rows than its node was asked for."""
+        told, said = self._told.get(node_id), report.options.get(ROWS_SEED)
+        if said != (told and told.seed):
+            raise ReplyError("its upload is of other rows than it was asked for. Is its fedkit older?")
+
+    def key(self, name: str, node_id: int) -> str:
+        """Return the name of what a node sends: of its part, and the draw of its rows."""
+        return name if self.mask is None else f"{name}#{self._told[node_id]}"
+
+    def parse(self, key: str) -> tuple[str, RowDraw | None]:
+        """Return the name of the part, and the draw; inverse of `key`."""
+        if self.mask is None:
+            return key, None
+        name, _, draw = key.rpartition("#")
+        return name, RowDraw.from_str(draw)
+
+
+class Owned(Mapping[str, NDArray[np.bool_]]):
+    """Which entries, flat, each name stands for, worked out when it is asked: clients may all have their own."""
+
+    def __init__(self, names: Set[str], entries: Callable[[str], Mask]) -> None:
+        self._names = names
+        self._entries = lru_cache(4)(lambda name: flatten_mask(entries(name)))
+
+    def __getitem__(self, name: str) -> NDArray[np.bool_]:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._entries(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
