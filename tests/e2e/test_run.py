@@ -38,6 +38,7 @@ def record(out: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_of_three_runs_side_by_side_one_completes_one_fails_and_one_is_terminated(tmp_path: Path) -> None:
     options = {"done": "seed=0", "failed": "fail-in-round=1", "ended": "round-seconds=60.0"}
     marks = {name: f"FEDKIT_TEST={uuid.uuid4()}" for name in options}
