@@ -42,7 +42,7 @@ COLUMNS = {
     "round": "after round",
     "resumed": "resumed",
     "accuracy": "accuracy",
-    "missing": "replies missing",
+    "lost": "replies missing",
     "seconds": "seconds",
 }
 
@@ -139,7 +139,7 @@ def measure(seed: int) -> Row:
         "round": found.server_round,
         "resumed": found.resumed,
         "accuracy": found.rounds[-1]["accuracy"],
-        "missing": sum(row["missing"] for row in found.rounds),
+        "lost": sum(row["missing"] for row in found.rounds),
         "seconds": found.seconds,
     }
 
