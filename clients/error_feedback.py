@@ -11,7 +11,7 @@ C(p)        what is sent                                    the frame
 Deviations from the paper
 -------------------------
 See `fedkit.strategies.error_feedback`. ``e ← p − C(p)`` waits until the server says that C(p) arrived; if it did
-not, ``e ← p``.
+not, ``e ← p``; unless the server lets others stand in for missing clients, for then it would count twice.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class ErrorFeedbackMod(UpdateMod):
     def code(self, update: NamedArrays, job: Job) -> Coded:
         """Return the update, with what was not sent before, as a frame."""
         residual = Residual(job.state, self.scheme, like=update)
+        residual.keeps = not job.instructions.options.get("stood-in", False)
         total = add(residual.settle(job.instructions.accepted), update)
         frame = job.instructions.codec.encode(job.travelling(total), rng=job.rng)
         residual.keep(total)

@@ -9,7 +9,8 @@ Deviations from the paper
 The app is trained as it is, whatever its framework: entries outside the mask train along, and are then left
 out, where the paper masks every gradient. So what regrows is judged by the update, not by the gradient.
 With `sparse_model`, as published, training starts from the model under the mask and the least *weights* go;
-without, the default, it starts from the whole model and the least *updates* go.
+without, the default, it starts from the whole model and the least *updates* go. Under a row mask
+(`fedkit.row_masks`) a client sends those of its entries that are in active rows, and moves only them.
 """
 
 from __future__ import annotations
@@ -44,32 +45,42 @@ class SafariMod(UpdateMod):
         """Return what was sent, under the mask if models are sparse."""
         if not job.instructions.options["sparse-model"]:
             return job.sent
-        mask = load_mask(job)
+        mask = load_mask(job, like=job.sent)
         return {name: array * mask[name] for name, array in job.sent.items()}
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
         """Return the kept entries of the update, and rewire the mask for the next round."""
-        mask, options = load_mask(job), job.instructions.options
+        mask, options = load_mask(job, like=update), job.instructions.options
         magnitude = add(self.prepare(job), update) if options["sparse-model"] else update
-        save_mask(job, prune_and_regrow(mask, magnitude, update, float(options["rewire"])))
-        return Coded(job.instructions.codec.encode(update, mask=None if density(mask) == 1 else mask, rng=job.rng))
+        travelling, rate = job.travelling(update), float(options["rewire"])
+        if job.rows is None:
+            sent = mask
+            save_mask(job, prune_and_regrow(mask, magnitude, update, rate))
+        else:  # rows that rest keep theirs: nothing was learned of them
+            active = job.rows.submodel(update)
+            sent = active.take_mask(mask)
+            moved = prune_and_regrow(sent, travelling, travelling, rate)
+            changed = active.embed_mask({name: sent[name] ^ moved[name] for name in sent}, like=mask)
+            save_mask(job, {name: mask[name] ^ changed[name] for name in mask})
+        codec = job.instructions.codec
+        return Coded(codec.encode(travelling, mask=None if density(mask) == 1 else sent, rng=job.rng))
 
 
-def load_mask(job: Job) -> dict[str, NDArray[np.bool_]]:
+def load_mask(job: Job, *, like: NamedArrays) -> dict[str, NDArray[np.bool_]]:
     """Return this client's mask; a new random one if it has none for these arrays at this density."""
     wanted, options = float(job.instructions.options["density"]), job.instructions.options
-    kept, key = job.state.get(MASK_KEY, b""), _key(job)
+    kept, key = job.state.get(MASK_KEY, b""), _key(job, like)
     if kept.startswith(key):
-        return unflatten(unpack_mask(kept[len(key) :], num_values(job.sent)), like=job.sent)
+        return unflatten(unpack_mask(kept[len(key) :], num_values(like)), like=like)
     rng = np.random.default_rng([int(options["seed"]), zlib.crc32(job.client_id.encode())])
-    return random_mask(job.sent, wanted, rng)
+    return random_mask(like, wanted, rng)
 
 
 def save_mask(job: Job, mask: Mask) -> None:
     """Remember the mask in the client's state."""
-    job.state[MASK_KEY] = _key(job) + pack_mask(flatten_mask(mask))
+    job.state[MASK_KEY] = _key(job, mask) + pack_mask(flatten_mask(mask))
 
 
-def _key(job: Job) -> bytes:
+def _key(job: Job, like: NamedArrays | Mask) -> bytes:
     """Return what a mask belongs to: arrays, and a density."""
-    return schema_digest(job.sent) + struct.pack("<d", float(job.instructions.options["density"]))
+    return schema_digest(like) + struct.pack("<d", float(job.instructions.options["density"]))

@@ -80,7 +80,7 @@ def unflatten(vector: NDArray[T], *, like: NamedArrays) -> dict[str, NDArray[T]]
     return arrays
 
 
-def schema_digest(arrays: NamedArrays) -> bytes:
+def schema_digest(arrays: NamedArrays | Mask) -> bytes:
     """Return 8 bytes that depend on the names and shapes, in order, and on nothing else."""
     text = "\n".join(f"{name}:{','.join(map(str, array.shape))}" for name, array in arrays.items())
     return hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -33,7 +33,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -51,6 +51,7 @@ EvaluateFn: TypeAlias = Callable[[int, ArrayRecord], MetricRecord | None]
 ROUNDS: Final = "rounds.jsonl"  # a line of JSON per round
 JOURNAL: Final = "ledger.jsonl"  # and per message
 ANNOUNCED: Final = "fedkit round: "  # before a line of the first, in the log
+MISSING_CLIENTS, STAND_INS = "missing-clients", "stand-ins"  # keys of a round: a list, and names by name
 CALL: Final = Traffic(received=576, sent=72)  # flwr 1.39.0 over gRPC, without TLS
 
 
@@ -124,6 +125,14 @@ class Ledger:
         """Add to the counts of a round: asked, replies, skips, missing, rejected, late."""
         self._counts.setdefault(server_round, Counter()).update(counts)
 
+    def miss(self, server_round: int, clients: Sequence[str], stand_ins: Mapping[str, str]) -> None:
+        """Say who is missing in a round, and who stands in for whom; a client for itself: with its last update."""
+        if clients:
+            known = self._measured.setdefault(server_round, {})
+            known |= {MISSING_CLIENTS: list(clients), STAND_INS: dict(stand_ins)}
+            told = (f"{name} ({stand_ins[name]} stands in)" if name in stand_ins else name for name in clients)
+            logger.info("round %d is without client %s.", server_round, ", ".join(told))
+
     def carry(self, server_round: int, traffic: Traffic) -> None:
         """Add what the socket carried during a round, seen from the server."""
         bytes_of = {"socket-uplink-bytes": traffic.received, "socket-downlink-bytes": traffic.sent}
@@ -180,9 +189,8 @@ class Ledger:
             If the journal is shorter, or damaged.
         """
         try:
-            entries = [
-                Entry(**{key.replace("-", "_"): v for key, v in line.items()}) for line in take_up(path, size)
-            ]
+            lines = [{key.replace("-", "_"): v for key, v in line.items()} for line in take_up(path, size)]
+            entries = [Entry(**line) for line in lines]
         except TypeError as error:
             raise StateError(f"cannot take up {path} ({error}). Was it damaged?") from None
         clients = {entry.node_id: entry.client for entry in entries}  # as they were known in the end
@@ -195,15 +203,15 @@ class Ledger:
 
     def measure(self, server_round: int, metrics: MetricRecord) -> None:
         """Say what the clients measured when they evaluated a round."""
-        self._measured[server_round] = dict(metrics)
+        self._measured.setdefault(server_round, {}).update(metrics)
 
     def recording(self, evaluate_fn: EvaluateFn | None, *, to: str | Path | None) -> EvaluateFn:
         """Return an `evaluate_fn` that also logs each round, and records it in the folder `to`, if there is one.
 
         A line of its ``rounds.jsonl`` is a round: the metrics of `evaluate_fn` or of the clients, `round_totals`,
-        ``fp32-bytes`` (the arrays in float32, once for every client asked) and ``seconds`` since the ledger was
-        made. A round that is run again, after a resumption, replaces its line and all later ones. A line of its
-        ``ledger.jsonl`` is a message. The log has the first kind, after the word `ANNOUNCED`.
+        `miss`, ``fp32-bytes`` (the arrays in float32, once for every client asked) and ``seconds`` since the
+        ledger was made. One that is run again, after a resumption, replaces its line and all later ones. A line
+        of its ``ledger.jsonl`` is a message. The log has the first kind, after the word `ANNOUNCED`.
 
         Raises
         ------

@@ -134,8 +134,16 @@ class Residual(ClientMemory):
     """What the server has not got from this client yet: the memory of error feedback.
 
     `keep` what is to be sent, then `stage` its frame: an upload that arrived is subtracted, one that was lost
-    leaves everything to be sent later.
+    leaves everything to be sent later, or, unless `keeps`, is gone: others stood in for it.
     """
+
+    keeps = True
+
+    def settle(self, accepted: bytes) -> NamedArrays:
+        """Return what the server has not got, less what was lost if that is gone; see `ClientMemory.settle`."""
+        if self._staged is not None and accepted == self.digest and not self.keeps:
+            self.arrays = self._committed(self._uploaded(self._staged))
+        return super().settle(accepted)
 
     def keep(self, arrays: NamedArrays) -> None:
         """Replace what the server has not got."""

@@ -34,6 +34,17 @@ class SubModel:
     index_sets: Mapping[str, IndexSets]  # an array that is not named is not held
     scales: Mapping[str, float] = field(default_factory=dict)  # of an array that is not named: 1
 
+    def take_mask(self, mask: Mask) -> dict[str, NDArray[np.bool_]]:
+        """Return the part of a mask of the server's arrays."""
+        return {name: mask[name][np.ix_(*sets)] for name, sets in self.index_sets.items()}
+
+    def embed_mask(self, mask: Mask, *, like: NamedArrays | Mask) -> dict[str, NDArray[np.bool_]]:
+        """Return a mask of the client's arrays among the server's: False where it holds nothing."""
+        kept = {name: np.zeros(array.shape, np.bool_) for name, array in like.items()}
+        for name, sets in self.index_sets.items():
+            kept[name][np.ix_(*sets)] = mask[name]
+        return kept
+
 
 Cut: TypeAlias = Callable[[NamedArrays], SubModel]
 """What makes a sub-model of the server's arrays, of which only names and shapes matter."""

@@ -13,7 +13,7 @@ not there: no source of its rule could be read.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -32,6 +32,11 @@ from fedkit.skipping import SkipRule
 
 from .asking import ROWS_MOVE, Part
 from .base import UpdateStrategy
+
+LAZY: Final = (
+    "the step is along all that clients ever sent, and one that is missing counts like one that is silent on "
+    "purpose, which it must. Use Plain, ErrorFeedback or Safari."
+)
 
 
 class Aquila(UpdateStrategy[LazyState | LazySum]):
@@ -63,6 +68,9 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
     gap : bool
         Whether to report how far LoRA factors are from the mean of the products, as the metric ``lora-gap``
         (`fedkit.aggregation.lora`); with "each", and about the cost of another mean.
+    missing : {"mifa"}
+        A client that is missing counts, as one that is silent, with what the server has from it. Nothing else
+        goes: see `LAZY`.
     **options
         As in `UpdateStrategy`.
 
@@ -86,8 +94,11 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
         step_size: StepSize = 1.0,
         rule: SkipRule | None = None,
         gap: bool = False,
+        missing: Literal["mifa"] = "mifa",
         **options: Any,
     ) -> None:
+        if missing != "mifa":
+            raise ConfigError(f"missing: expected 'mifa' with Aquila, got {missing!r}: {LAZY}")
         aggregator = LazyMean(weighted, memory, step_size, gap)
         super().__init__(aggregator, Codec(quantizer or ZeroMidTread()), step_size=step_size, **options)
         self.rule = rule or SkipRule.aquila(beta)

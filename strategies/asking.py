@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -12,6 +13,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
+from fedkit.aggregation.missing import Missing
 from fedkit.aggregation.protocol import StepSize, step_at
 from fedkit.arrays import NamedArrays
 from fedkit.codec.wire import Codec
@@ -32,6 +34,8 @@ from .progress import Progress
 from .replies import Registry
 from .sampling import choose, wait_for_nodes
 
+logger = logging.getLogger(__name__)
+
 Part: TypeAlias = Callable[[NamedArrays], NamedArrays]
 """What a node sends updates of, in its own units."""
 
@@ -40,6 +44,9 @@ ROWS_MOVE: Final = (
     "it steps along all that clients ever sent, so rows that rest would move by what they sent rounds ago. "
     "Use Plain or ErrorFeedback."
 )
+
+
+RESTS: Final = "what a client sent last is of rows that rest now. Use missing='safari', with `own` unset."
 
 
 class Asking(FedAvg):
@@ -54,6 +61,7 @@ class Asking(FedAvg):
         codec: Codec,
         downlink: Downlink,
         parts: Parts,
+        missing: Missing,
         *,
         step_size: StepSize,
         budget: Budget | None,
@@ -66,7 +74,7 @@ class Asking(FedAvg):
         fedavg.setdefault("train_metrics_aggr_fn", mean_metrics)
         fedavg.setdefault("evaluate_metrics_aggr_fn", mean_metrics)
         super().__init__(**fedavg)
-        self.parts = parts
+        self.parts, self.missing = parts, missing
         self._check_composition(downlink)
         step_at(step_size, 1)
         self.step_size = step_size
@@ -77,6 +85,11 @@ class Asking(FedAvg):
         self.ledger, self.registry = Ledger(), Registry()
         self.progress = Progress(Path(checkpoint) if str(checkpoint) else None)
         self._params: NamedArrays = {}
+
+    def summary(self) -> None:
+        """Log the settings."""
+        logger.info("\t├──> %s, codec: %s", type(self).__name__, self.codec.quantizer or "float32")
+        super().summary()
 
     def distribute(self, params: NamedArrays, node_ids: Sequence[int]) -> Mapping[int, NamedArrays]:
         """Return what each node is sent: its part; everybody the same, if all hold the whole."""
@@ -96,6 +109,7 @@ class Asking(FedAvg):
         wanted: list[str] = [lora] if lora != "factors" else []
         wanted += ["submodels"] if self.parts.differ else []
         wanted += ["row_mask"] if self.parts.rows.mask else []
+        wanted += ["missing"] if self.missing.by != "drop" else []
         for option in wanted:
             if option in self.refused:
                 raise ConfigError(f"{option}: not with {name}: {self.refused[option]}")
@@ -105,6 +119,10 @@ class Asking(FedAvg):
             "with lora='fedsa' nodes are not sent all arrays": lora == "fedsa",
             f"with lora={lora!r} all factors are new in every round, so a change is no smaller": lora in PRODUCTS,
         }
+        if self.parts.rows.mask:
+            self.missing = self.missing.settled(lasting=False)
+            if self.missing.remembers:
+                raise ConfigError(f"missing: {self.missing.by!r}: not with row_mask: {RESTS}")
         for reason, holds in reasons.items():
             if holds and downlink.codec is not None:
                 raise ConfigError(f"downlink: {reason}. Set it to None.")

@@ -1,28 +1,27 @@
 """Flower's round in fedkit's words: send changes, judge replies one by one, fold the uploads.
 
 A scheme is a subclass that names itself, its aggregation and its codec, and overrides one or two of the hooks
-`distribute`, `options` and `expected`. Everything else is here: fresh messages per node, the acknowledgement of
-uploads, errors of single nodes, weights, metrics and the ledger.
+`distribute`, `options` and `expected`. Everything else is here.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar, Unpack
+from typing import Any, ClassVar, Generic, TypeVar, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from fedkit.aggregation.protocol import Aggregator, Cohort, StepSize
+from fedkit.aggregation.compensate import compensated
+from fedkit.aggregation.missing import Choice, Missing
+from fedkit.aggregation.protocol import Aggregator, Cohort, Remembering, StepSize
 from fedkit.arrays import NamedArrays
 from fedkit.broadcast import ALL_NONZERO, TWO_BITS
 from fedkit.checkpoint import Tree
 from fedkit.codec.wire import Codec
-from fedkit.errors import ReplyError
 from fedkit.ledger import EvaluateFn
 from fedkit.limits import Limits
 from fedkit.message import Report, from_arrays, to_arrays
@@ -31,13 +30,10 @@ from fedkit.submodels import Cut
 
 from .asking import Asking
 from .budget import Budget
-from .contents import weight_of
 from .downlink import Downlink
 from .options import FedAvgOptions
 from .parts import LoraMode, Parts
 from .replies import Inbox
-
-logger = logging.getLogger(__name__)
 
 S = TypeVar("S")
 
@@ -52,10 +48,12 @@ class UpdateStrategy(Asking, Generic[S]):
     codec : Codec
         How clients code what they send.
     submodels : mapping of str to Cut, optional
-        The parts that nodes hold, by the name in their node config (``submodel="r4"``): see `fedkit.submodels`.
-        Each node is sent, and sends, its part; without a `downlink` only.
+        The parts that nodes hold, are sent and send, by the name in their node config (``submodel="r4"``):
+        `fedkit.submodels`; without a `downlink` only.
     lora : {"factors", "ffa", "fedsa", "product", "product-update"}
         How LoRA factors are averaged: see `fedkit.strategies.parts.LoraMode`.
+    missing : {"drop", "reweight", "mifa", "safari"} or Missing
+        What clients count with that did not answer: `fedkit.aggregation.missing`.
     row_mask : RowMask, optional
         Let clients train and send few rows of LoRA factors, others in each round: `fedkit.row_masks`.
     step_size : float or callable
@@ -68,7 +66,7 @@ class UpdateStrategy(Asking, Generic[S]):
     budget : Budget, optional
         How many bytes may travel; no limit if unset.
     limits : Limits, optional
-        How long a round may last and what it is worth: quorum, grace, deadline; those of the RoundGrid if unset.
+        Of a round: quorum, grace, deadline; those of the RoundGrid if unset.
     checkpoint : str or Path
         The folder where the run is saved after each round; `start` takes up what it finds there. Empty: nowhere.
     seed : int
@@ -89,6 +87,7 @@ class UpdateStrategy(Asking, Generic[S]):
         *,
         submodels: Mapping[str, Cut] | None = None,
         lora: LoraMode = "factors",
+        missing: Choice | Missing = "drop",
         row_mask: RowMask | None = None,
         step_size: StepSize = 1.0,
         downlink: Codec | None = TWO_BITS,
@@ -104,6 +103,7 @@ class UpdateStrategy(Asking, Generic[S]):
             codec,
             Downlink(downlink, initial, seed),
             Parts(submodels, lora, row_mask),
+            Missing.of(missing),
             step_size=step_size,
             budget=budget,
             limits=limits,
@@ -112,7 +112,7 @@ class UpdateStrategy(Asking, Generic[S]):
             node_timeout=node_timeout,
             **fedavg,
         )
-        self.aggregator = aggregator
+        self.aggregator: Aggregator[Any] = compensated(aggregator, self.missing)
         self._cohort = Cohort(0, {})
         self._unanswered: Mapping[int, NamedArrays] = {}  # what nodes were sent that may yet answer, too late
 
@@ -121,12 +121,17 @@ class UpdateStrategy(Asking, Generic[S]):
         return self.parts.expected(sent, report)
 
     def remember(self) -> Tree:
-        """Return plain values from which `recall` can go on after a restart; here `state`."""
-        return self.state
+        """Return plain values from which `recall` can go on after a restart; here what stands for `state`."""
+        of = self.aggregator
+        return of.remember(self.state) if isinstance(of, Remembering) else self.state
 
     def recall(self, params: NamedArrays, saved: Tree | None) -> None:
         """Go on from what `remember` returned; None: begin a run."""
-        self.state = self.aggregator.init(params) if saved is None else saved
+        of, folder = self.aggregator, self.progress.folder
+        if isinstance(of, Remembering):
+            self.state = of.recall(params, saved or {}, folder and folder / "memories")
+        else:
+            self.state = of.init(params) if saved is None else saved
 
     def start(
         self,
@@ -175,11 +180,6 @@ class UpdateStrategy(Asking, Generic[S]):
         result = super().start(grid, begin, left, timeout, train_config, evaluate_config, wanted)
         return self.progress.complete(result, begin)
 
-    def summary(self) -> None:
-        """Log the settings."""
-        logger.info("\t├──> %s, codec: %s", type(self).__name__, self.codec.quantizer or "float32")
-        super().summary()
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
@@ -193,7 +193,8 @@ class UpdateStrategy(Asking, Generic[S]):
         owing = grid.owing()
         self._unanswered = {node_id: sent for node_id, sent in self._unanswered.items() if node_id in owing}
         sent = self.distribute(self._params, node_ids)
-        self._cohort = self.parts.cohort(Cohort(server_round, sent, self.registry.names(node_ids)))
+        names, everybody = self.registry.names(node_ids), self.fraction_train >= 1
+        self._cohort = self.parts.cohort(Cohort(server_round, sent, names, everybody=everybody))
         self.parts.rows.draw(self.seed, self._cohort)
         return self._messages(MessageType.TRAIN, server_round, config, sent)
 
@@ -206,18 +207,21 @@ class UpdateStrategy(Asking, Generic[S]):
         cohort = self.parts.cohort(replace(self._cohort, sent={**self._unanswered, **self._cohort.sent}))
         answered = {reply.metadata.src_node_id for reply in replies}
         self._unanswered = {node_id: sent for node_id, sent in cohort.sent.items() if node_id not in answered}
-        inbox = Inbox(self.registry, self.ledger, cohort, self.weighted_by_key)
+        inbox = Inbox(self.registry, self.ledger, cohort, self._cohort.sent.keys(), self.weighted_by_key)
         judged = inbox.judge(replies, self.parts.check)
         if len(judged) < self.limits.needed(asked):
             if replies:
                 self.limits.refuse(f"Round {server_round}: {len(judged)} of {asked} replies can be used.")
+            inbox.tell()
             return None, None
         contents: list[RecordDict] = []
         uploads = self.parts.embedded(inbox.uploads(judged, self.expected, contents))
-        params, self.state, metrics = self.aggregator(self._params, self.parts.whole(cohort), uploads, self.state)
-        params = self.downlink.advance(params, server_round)
+        step = self.aggregator(self._params, self.parts.whole(cohort), uploads, self.state)
+        self.state = step.state
+        inbox.tell(step.stand_ins)
+        params = self.downlink.advance(step.params, server_round)
         record = self.train_metrics_aggr_fn(contents, self.weighted_by_key) if contents else MetricRecord()
-        record.update(metrics)
+        record.update(step.metrics)
         self.progress.note("train", server_round, record)
         return from_arrays(params), record
 
@@ -234,14 +238,8 @@ class UpdateStrategy(Asking, Generic[S]):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean of the clients' metrics, None if there are none."""
-        contents, server_round = [], server_round + self.progress.before
-        for reply in replies:
-            try:
-                self.registry.read_version(reply)
-                weight_of(reply, self.weighted_by_key)
-                contents.append(reply.content)
-            except ReplyError as error:
-                logger.warning("node %d, evaluation: %s", reply.metadata.src_node_id, error)
+        server_round += self.progress.before
+        contents = self.registry.readable(replies, self.weighted_by_key)
         if not contents:
             return None
         metrics = self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)

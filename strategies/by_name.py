@@ -28,7 +28,7 @@ STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
     "error-feedback": ErrorFeedback,
     "safari": Safari,
     "safari-published": Safari.published,
-    "safari-drop": partial(Safari, compensate=False),  # for comparison: missing clients are dropped
+    "safari-drop": partial(Safari, missing="drop"),  # for comparison: missing clients are dropped
     "tac": partial(Tac, num_clusters=1),  # one task; an app with several says how many
 }
 

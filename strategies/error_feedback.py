@@ -6,25 +6,30 @@ Schemes", ICML 2019, https://arxiv.org/abs/1901.09847, algorithm 2.
 Deviations from the paper
 -------------------------
 The gradient is the update of local training, local − received, and the mean is weighted by the number of examples
-unless `weighted` is False. A client that does not take part keeps what it has not sent.
+unless `weighted` is False. A client that does not take part keeps what it has not sent; one whose upload was lost
+sends it later, unless missing clients count with something else (`missing`): what was lost is gone then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from fedkit.aggregation.mean import Mean
+from fedkit.arrays import NamedArrays
 from fedkit.codec.entropy_constrained import EntropyConstrained
 from fedkit.codec.protocol import Quantizer
 from fedkit.codec.sparsify import Sparsifier
 from fedkit.codec.wire import Codec
+from fedkit.config import Scalar
 
+from .asking import Part
 from .base import UpdateStrategy
 
 HALF_A_BIT: Final = EntropyConstrained(0.5)  # per parameter
 
 
-class ErrorFeedback(UpdateStrategy[None]):
+class ErrorFeedback(UpdateStrategy[Any]):
     """Any codec, with a memory of what it lost. Clients need `fedkit.clients.ErrorFeedbackMod`.
 
     Parameters
@@ -56,3 +61,7 @@ class ErrorFeedback(UpdateStrategy[None]):
         codec = Codec(quantizer, sparsifier)
         options.setdefault("downlink", Codec(EntropyConstrained(1.0)))
         super().__init__(Mean(weighted, gap=gap), codec, **options)
+
+    def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
+        """Return whether what is lost is gone, because others stand in for it; otherwise it is sent later."""
+        return {"stood-in": True} if self.missing.by != "drop" else {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 
@@ -23,6 +23,10 @@ from fedkit.errors import ConfigError
 
 from .asking import ROWS_MOVE, Part
 from .base import UpdateStrategy
+
+ESTIMATE: Final = (
+    "the estimate that it keeps holds what every client sent, and only its own difference moves that on."
+)
 
 
 class Marina(UpdateStrategy[Estimate]):
@@ -48,7 +52,7 @@ class Marina(UpdateStrategy[Estimate]):
     """
 
     scheme: ClassVar[str] = "aquila"  # whose mod does this, too
-    refused: ClassVar[Mapping[str, str]] = {**UpdateStrategy.refused, "row_mask": ROWS_MOVE}
+    refused: ClassVar[Mapping[str, str]] = {**UpdateStrategy.refused, "row_mask": ROWS_MOVE, "missing": ESTIMATE}
     state_types: ClassVar[tuple[type, ...]] = (Estimate,)
 
     def __init__(

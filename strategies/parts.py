@@ -78,7 +78,7 @@ class Parts:
         if submodels is not None and WHOLE in submodels:
             raise ConfigError("submodels: a sub-model needs a name; nodes that name none hold the whole.")
         self.cuts: dict[str, Cut] = {WHOLE: whole, **(submodels or {})}
-        self.lora, self.differ = lora, bool(submodels)  # whether nodes hold different parts
+        self.lora, self.differ = lora, bool(submodels)  # whether they hold different ones
         self.rows = Rows(row_mask)
         self.sent: dict[int, str] = {}  # the part that each node was sent last
         self._schema = b""
@@ -119,12 +119,11 @@ class Parts:
         """Return the nodes of which `said` has the name of a part; log the others."""
         if not self.differ:
             return list(node_ids)
-        known = []
+        known, names = [], ", ".join(map(repr, self.cuts))
         for node_id in node_ids:
             if said.get(node_id) in self.cuts:
                 known.append(node_id)
             elif node_id in said:
-                names = ", ".join(map(repr, self.cuts))
                 logger.warning(
                     "node %d holds sub-model %r: expected one of %s. It is not asked. Set its node config, or "
                     "the strategy's submodels.",
@@ -186,8 +185,10 @@ class Parts:
         """Yield uploads in the server's units, zero where their clients hold nothing."""
         for upload in uploads:
             if upload.arrays is not None and not self.trivial:
-                name = self.rows.key(upload.submodel, upload.node_id)
-                yield replace(upload, arrays=embed(upload.arrays, self._of(name), like=self._like), submodel=name)
+                name, mask = self.rows.key(upload.submodel, upload.node_id), upload.mask
+                part, like = self._of(name), self._like
+                arrays, mask = embed(upload.arrays, part, like=like), mask and part.embed_mask(mask, like=like)
+                yield replace(upload, arrays=arrays, mask=mask, submodel=name)
             else:
                 yield upload
 

@@ -28,7 +28,7 @@ from .loss_levels import LossLevels
 from .parts import PRODUCTS, LoraMode
 
 
-class Plain(UpdateStrategy[None]):
+class Plain(UpdateStrategy[Any]):
     """Coded updates and their mean. Clients need `fedkit.clients.AquilaMod`.
 
     Parameters
@@ -91,12 +91,13 @@ class Plain(UpdateStrategy[None]):
         return cls.qsgd(**{"levels": LossLevels(start), **options})
 
     def remember(self) -> Tree:
-        """Return what the levels depend on."""
-        return self._losses
+        """Return what the levels depend on, and what is known of missing clients."""
+        return {"losses": self._losses, "aggregation": super().remember()}
 
     def recall(self, params: NamedArrays, saved: Tree | None) -> None:
         """Go on with the levels of then."""
-        self.state, self._losses = None, saved or []
+        super().recall(params, saved and saved["aggregation"])
+        self._losses = saved["losses"] if saved else []
 
     def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
         """Return that updates are sent as they are."""

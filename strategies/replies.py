@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import numpy as np
 from flwr.app import Message, RecordDict
 from numpy.typing import NDArray
 
-from fedkit.aggregation.protocol import Cohort, Upload
+from fedkit.aggregation.protocol import NOBODY, Cohort, Upload
 from fedkit.arrays import NamedArrays
 from fedkit.codec.wire import open_frame
 from fedkit.errors import FedkitError, ReplyError
@@ -91,6 +91,18 @@ class Registry:
         self.submodels[node_id] = str(report.options.get(SUBMODEL, ""))
         return report
 
+    def readable(self, replies: Iterable[Message], weight_key: str) -> list[RecordDict]:
+        """Return the contents of an evaluation's replies; log those that cannot be used."""
+        contents = []
+        for reply in replies:
+            try:
+                self.read_version(reply)
+                weight_of(reply, weight_key)
+                contents.append(reply.content)
+            except ReplyError as error:
+                logger.warning("node %d, evaluation: %s", reply.metadata.src_node_id, error)
+        return contents
+
     def knows(self, node_id: int) -> bool:
         """Return whether this node has said which client it is."""
         return node_id in self._client_ids
@@ -146,7 +158,9 @@ class Inbox:
     registry: Registry
     ledger: Ledger
     cohort: Cohort
+    asked: Collection[int]  # the nodes of this round; of others of the cohort a reply may come late
     weight_key: str  # the metric that a reply weighs by
+    heard: set[str] = field(default_factory=set)  # the clients whose reply can be used
 
     def judge(self, replies: Iterable[Message], check: Callable[[int, Report], None]) -> list[Judged]:
         """Return the replies that can be used, by client id; refuse the others, and those that `check` refuses."""
@@ -162,6 +176,7 @@ class Inbox:
                 self._refuse(reply.metadata.src_node_id, error, counted=reply.has_error())
             else:
                 judged[report.client_id] = Judged(reply, report, weight)
+        self.heard.update(judged)
         return [judged[name] for name in sorted(judged)]
 
     def uploads(
@@ -186,6 +201,7 @@ class Inbox:
                     arrays = frame.arrays(values)
             except FedkitError as error:
                 self._refuse(node_id, error)
+                self.heard.discard(report.client_id)
                 continue
             digest = self.registry.accept(node_id, report, data)
             self.ledger.note(self.cohort.server_round, skips=int(report.skipped))
@@ -203,6 +219,13 @@ class Inbox:
                 digest=digest,
                 submodel=self.cohort.submodels.get(node_id, ""),
             )
+
+    def tell(self, stand_ins: Mapping[str, str] = NOBODY) -> None:
+        """Record who is missing in this round, and who stands in for whom; see `Ledger.miss`."""
+        names = self.registry.names(self.asked)
+        known = self.registry.absent(self.asked) if self.cohort.everybody else []
+        missing = {*known, *(names.get(node_id, str(node_id)) for node_id in self.asked)} - self.heard
+        self.ledger.miss(self.cohort.server_round, sorted(missing), stand_ins)
 
     def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
         if not counted:  # an error reply was counted, and logged, by the grid

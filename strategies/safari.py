@@ -1,7 +1,7 @@
 """SAFARI: clients train and send sparse updates; who does not answer is replaced by its most similar client.
 
-Symbols, source and deviations: `fedkit.aggregation.compensate` (the server's rules) and `fedkit.clients.safari`
-(the masks).
+Symbols, source and deviations: `fedkit.aggregation.compensate` (the server's rules),
+`fedkit.aggregation.missing` (the choices) and `fedkit.clients.safari` (the masks).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from fedkit.aggregation.compensate import Compensated, CompensateState, Metric, Similarity
+from fedkit.aggregation.mean import MaskedMean
+from fedkit.aggregation.missing import Choice, Missing
 from fedkit.arrays import NamedArrays
 from fedkit.codec.protocol import Quantizer
 from fedkit.codec.wire import Codec
@@ -22,7 +23,7 @@ from .base import UpdateStrategy
 from .parts import PRODUCTS
 
 
-class Safari(UpdateStrategy[CompensateState]):
+class Safari(UpdateStrategy[Any]):
     """Sparse updates, and surrogates for missing ones. Clients need `fedkit.clients.SafariMod`.
 
     Parameters
@@ -34,12 +35,9 @@ class Safari(UpdateStrategy[CompensateState]):
         every entry has its turn, and none is left to the few clients that happened to keep it.
     anneal : bool
         Whether to rewire less from round to round, by a cosine down to nothing in the last, as published.
-    similarity : {"cosine", "l2"}
-        Of the clients' updates, or minus the distance of their models.
-    warmup_rounds : int
-        Rounds that only observe similarities.
-    compensate : bool
-        False: missing clients are dropped.
+    missing : {"safari", "mifa", "reweight", "drop"} or Missing
+        What missing clients count with; `Missing` has the choices of SAFARI's family: similarity, surrogate,
+        warm-up.
     sparse_model : bool
         Whether clients start from a sparse model, as published, or from the whole one, of which they update
         a sparse part.
@@ -53,10 +51,8 @@ class Safari(UpdateStrategy[CompensateState]):
 
     scheme: ClassVar[str] = "safari"
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("submodels", "row_mask", "ffa", "fedsa", *PRODUCTS),
-        "missing clients are replaced by others, of which all is known.",
+        PRODUCTS, "a client trains and sends single entries of factors, of which no product can be made."
     )
-    state_types: ClassVar[tuple[type, ...]] = (CompensateState, Similarity)
 
     def __init__(
         self,
@@ -64,9 +60,7 @@ class Safari(UpdateStrategy[CompensateState]):
         density: float = 0.2,
         rewire: float = 1.0,
         anneal: bool = False,
-        similarity: Metric = "cosine",
-        warmup_rounds: int = 2,
-        compensate: bool = True,
+        missing: Choice | Missing = "safari",
         sparse_model: bool = False,
         quantizer: Quantizer | None = None,
         weighted: bool = True,
@@ -76,10 +70,11 @@ class Safari(UpdateStrategy[CompensateState]):
             raise ConfigError(f"density must be above 0 and at most 1, got {density}.")
         if not 0 <= rewire <= 1:
             raise ConfigError(f"rewire must be 0 to 1, got {rewire}.")
-        if similarity not in ("cosine", "l2"):
-            raise ConfigError(f"similarity: expected 'cosine' or 'l2', got {similarity!r}.")
-        aggregator = Compensated(similarity, warmup_rounds, compensate, sparse_model, weighted)
-        super().__init__(aggregator, Codec(quantizer), **options)
+        super().__init__(MaskedMean(weighted, sparse_model), Codec(quantizer), missing=missing, **options)
+        if sparse_model and not self.parts.trivial:
+            raise ConfigError(
+                "sparse_model: a model's entries that rest, or are not held, would count as pruned. Leave it."
+            )
         self.density, self.rewire, self.anneal, self.sparse_model = density, rewire, anneal, sparse_model
 
     @classmethod
@@ -88,11 +83,9 @@ class Safari(UpdateStrategy[CompensateState]):
         return cls(
             rewire=0.05,
             anneal=True,
-            similarity="l2",
-            warmup_rounds=0,
             sparse_model=True,
             weighted=False,
-            **{"downlink": None, **options},
+            **{"missing": Missing("safari", "l2", warmup_rounds=0), "downlink": None, **options},
         )
 
     def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:

@@ -54,7 +54,7 @@ class Tac(UpdateStrategy[ClusterState]):
     scheme: ClassVar[str] = "tac"
     one_for_all: ClassVar[bool] = False
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("submodels", "row_mask", "ffa", "fedsa", *PRODUCTS),
+        ("submodels", "row_mask", "missing", "ffa", "fedsa", *PRODUCTS),
         "adapters are told apart by comparing all of them, whole.",
     )
     state_types: ClassVar[tuple[type, ...]] = (ClusterState,)

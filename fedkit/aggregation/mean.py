@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
@@ -57,6 +58,49 @@ class Mean:
                 moved = {name: size * array for name, array in upload.arrays.items()}
                 products.add(upload.num_examples if self.weighted else 1.0, cohort.sent[upload.node_id], moved)
             yield upload
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedMean:
+    """The mean of updates that are sparse: of each entry over those whose mask keeps it; SAFARI's.
+
+    With `sparse_model`, as published, the mean of the models under their masks, over all clients: it shrinks
+    what few of them keep.
+    """
+
+    weighted: bool = True  # by number of examples; False: every client counts the same
+    sparse_model: bool = False
+
+    def init(self, params: NamedArrays) -> None:
+        """Return nothing: there is nothing to remember."""
+
+    def __call__(
+        self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: None
+    ) -> Aggregate[None]:
+        """Return the new parameters; the former ones if nobody sent any."""
+        sent = (
+            (upload.num_examples if self.weighted else 1.0, upload.arrays, _mask(upload, cohort, params))
+            for upload in uploads
+            if upload.arrays is not None
+        )
+        if not self.sparse_model:
+            return Aggregate(add(params, owners_mean(sent, like=params)), None, {})
+        first = next(sent, None)
+        if first is None:
+            return Aggregate(params, None, {})
+        models = ((weight, _under(mask, add(params, update))) for weight, update, mask in chain([first], sent))
+        return Aggregate(weighted_mean(models, like=params), None, {})
+
+
+def _mask(upload: Upload, cohort: Cohort, params: NamedArrays) -> Mask | None:
+    """Return which entries an upload is of; None: all."""
+    own = cohort.owned.get(upload.submodel)
+    return upload.mask if upload.mask is not None or own is None else unflatten(own, like=params)
+
+
+def _under(mask: Mask | None, arrays: NamedArrays) -> NamedArrays:
+    """Return the arrays with the entries that the mask drops set to zero."""
+    return arrays if mask is None else {name: array * mask[name] for name, array in arrays.items()}
 
 
 def mean_of(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +39,7 @@ class Cohort:
         default_factory=dict
     )  # what part of the arrays each node was sent, by name
     owned: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)  # the entries of each, flat; none: all
+    everybody: bool = False  # whether all that could be asked were: who was not is missing, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,16 @@ class Upload:
     submodel: str = ""  # the part that the client holds: a key of `Cohort.owned`; its other entries are zero
 
 
+NOBODY: Final[Mapping[str, str]] = MappingProxyType({})
+
+
 class Aggregate(NamedTuple, Generic[S]):
     """What came of a round."""
 
     params: NamedArrays
     state: S
     metrics: Mapping[str, float]
+    stand_ins: Mapping[str, str] = NOBODY  # who counted for each missing client; itself: with what it sent last
 
 
 class Aggregator(Protocol[S]):
@@ -71,3 +78,14 @@ class Aggregator(Protocol[S]):
 
     def __call__(self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: S) -> Aggregate[S]:
         """Return the new parameters; `uploads` are decoded one at a time, so go over them once."""
+
+
+@runtime_checkable
+class Remembering(Protocol[S]):
+    """An aggregator whose state is not a plain value, for the arrays of clients are in files."""
+
+    def remember(self, state: S) -> dict[str, Any]:
+        """Return the plain values that `recall` needs."""
+
+    def recall(self, params: NamedArrays, saved: Mapping[str, Any], folder: Path | None) -> S:
+        """Return the state of a run that keeps files in `folder`; of a new one if `saved` is empty."""
