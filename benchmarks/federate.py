@@ -16,8 +16,9 @@ from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.harness import Row
 from fedkit.arrays import NamedArrays, num_values
-from fedkit.clients import AquilaMod, ErrorFeedbackMod
+from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod
 from fedkit.codec.wire import open_frame
+from fedkit.faults import Faults
 from fedkit.flower import ClientAppCallable, task_identity
 from fedkit.message import STYPE, from_arrays, to_arrays
 from fedkit.rounds import RoundGrid
@@ -90,8 +91,11 @@ def run(
     *,
     every: int = 1,
     target: float | None = None,
+    faults: Faults | None = None,
 ) -> Row:
     """Return accuracy and bytes so far of every `every`-th round; the run ends when it has arrived at `target`.
+
+    What goes wrong is `faults`; nothing if unset.
 
     Bytes are all of Flower's objects, or those of the frames alone, by direction; ``published`` are those that a
     paper would count for the same uploads. ``uploads`` and ``asked`` are counts of the whole run.
@@ -113,7 +117,7 @@ def run(
     inner = InProcessGrid([app] * everybody)
     for context, name in zip(inner.contexts.values(), federation.submodels, strict=False):
         context.node_config["submodel"] = name
-    grid = RoundGrid(inner)
+    grid = RoundGrid(inner, faults=faults)
     with quiet(), task_identity(run_id=1, node_id=1), suppress(ArrivedError):
         strategy = make(fraction_evaluate=0.0, min_train_nodes=everybody, min_available_nodes=everybody)
         strategy.start(grid, from_arrays(federation.initial), num_rounds, evaluate_fn=evaluate)
@@ -148,7 +152,7 @@ class _Found:
 
 def _app(federation: Federation, published: Published) -> ClientApp:
     """Return the app of all clients; each mod acts on the messages of its own strategy."""
-    app = ClientApp(mods=[published, AquilaMod(), ErrorFeedbackMod()])
+    app = ClientApp(mods=[published, AquilaMod(), ErrorFeedbackMod(), SafariMod()])
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
