@@ -118,7 +118,7 @@ def run(
     for context, name in zip(inner.contexts.values(), federation.submodels, strict=False):
         context.node_config["submodel"] = name
     grid = RoundGrid(inner, faults=faults)
-    with quiet(), task_identity(run_id=1, node_id=1), suppress(ArrivedError):
+    with quiet(losses=faults is not None), task_identity(run_id=1, node_id=1), suppress(ArrivedError):
         strategy = make(fraction_evaluate=0.0, min_train_nodes=everybody, min_available_nodes=everybody)
         strategy.start(grid, from_arrays(federation.initial), num_rounds, evaluate_fn=evaluate)
     counts = {"uploads": published.uploads, "parameters": num_values(federation.initial)}
@@ -170,9 +170,13 @@ def _app(federation: Federation, published: Published) -> ClientApp:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Let fedkit log warnings only, and Flower errors only: it warns of every run that nobody evaluates."""
-    loggers = {logging.getLogger("fedkit"): logging.WARNING, logging.getLogger("flwr"): logging.ERROR}
+def quiet(*, losses: bool = False) -> Iterator[None]:
+    """Let fedkit log warnings only, and Flower errors only: it warns of every run that nobody evaluates.
+
+    With `losses`, fedkit errors only, too: it warns of every reply that is lost.
+    """
+    fedkit = logging.ERROR if losses else logging.WARNING
+    loggers = {logging.getLogger("fedkit"): fedkit, logging.getLogger("flwr"): logging.ERROR}
     before = {logger: logger.level for logger in loggers}
     try:
         for logger, level in loggers.items():

@@ -266,7 +266,7 @@ def test_nothing_is_remembered_of_uploads():
         (lambda: Plain(lora="product"), "all factors are new in every round"),
         (lambda: Aquila(lora="fedsa"), "not sent all arrays"),
         (lambda: Aquila(lora="mean"), "expected one of factors, ffa, fedsa, product"),
-        (lambda: Safari(lora="ffa"), "ffa: not with Safari"),
+        (lambda: Safari(lora="product", **DENSE), "product: not with Safari"),
         (lambda: Tac(num_clusters=2, lora="fedsa"), "fedsa: not with Tac"),
     ],
 )

@@ -48,7 +48,7 @@ def clients(goals=None, examples=EXAMPLES):
     return [client_app(mods, goal, num_examples=n) for n, goal in zip(examples, goals, strict=True)]
 
 
-def run(strategy, apps=None, rounds=12, faults=None, spies=None, to=None):
+def run(strategy, apps=None, rounds=8, faults=None, spies=None, to=None):
     inner = InProcessGrid(apps or clients())
     if spies is not None:
         inner = Spy(inner)
@@ -97,8 +97,8 @@ def test_agrees_with_an_obvious_twin(name, choice, tmp_path):
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_nobody_missing_is_the_mean(name, choice):
-    ours, _ = run(STRATEGIES[name](missing=CHOICES[choice]), rounds=5)
-    mean, _ = run(STRATEGIES[name](missing="drop"), rounds=5)
+    ours, _ = run(STRATEGIES[name](missing=CHOICES[choice]), rounds=3)
+    mean, _ = run(STRATEGIES[name](missing="drop"), rounds=3)
     np.testing.assert_allclose(ours, mean, rtol=1e-5, atol=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_permuting_clients_changes_nothing(choice):
     renamed = InProcessGrid(clients()[::-1])
     for i, context in enumerate(renamed.contexts.values()):
         context.node_config["client-id"] = str(NUM - 1 - i)
-    result = make(missing=CHOICES[choice]).start(RoundGrid(renamed, faults=faults), initial(), num_rounds=12)
+    result = make(missing=CHOICES[choice]).start(RoundGrid(renamed, faults=faults), initial(), num_rounds=8)
     one, _ = run(make(missing=CHOICES[choice]), faults=faults)
     np.testing.assert_allclose(one, flat(to_arrays(result.arrays)), atol=1e-6)
 
@@ -181,11 +181,11 @@ def test_an_answer_ends_an_interval_and_so_does_long_silence():
 
 def test_reweighting_removes_the_bias_of_who_answers():
     """Client 0 answers in every fourth round: over many rounds it pulls as hard as the others."""
-    events = tuple(Event(k, "0", lost=True) for k in range(1, 400) if k % 4)
-    apps = [client_app([AquilaMod()], goal, rate=0.02) for goal in targets(NUM)]
-    whole, _ = run(Plain(**OPTIONS), apps, 300)
+    events = tuple(Event(k, "0", lost=True) for k in range(1, 100) if k % 4)
+    apps = [client_app([AquilaMod()], goal, rate=0.06) for goal in targets(NUM)]
+    whole, _ = run(Plain(**OPTIONS), apps, 80)
     off = {
-        by: np.linalg.norm(run(Plain(missing=by, **OPTIONS), apps, 300, Faults(events=events))[0] - whole)
+        by: np.linalg.norm(run(Plain(missing=by, **OPTIONS), apps, 80, Faults(events=events))[0] - whole)
         for by in ("drop", "reweight", "mifa")
     }
     assert off["reweight"] < 0.2 * off["drop"]

@@ -7,8 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 
+from fedkit.aggregation.missing import Missing
 from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod
 from fedkit.errors import CrashError
+from fedkit.faults import Event, Faults
 from fedkit.memory import rewind
 from fedkit.message import to_arrays
 from fedkit.rounds import RoundGrid
@@ -19,6 +21,7 @@ from tests.helpers.grid import InProcessGrid, VirtualTime
 from tests.helpers.quadratic import client_app, initial, targets
 
 ROUNDS = 5
+LOST = Faults(events=(Event(2, "1", lost=True), Event(4, "1", lost=True), Event(5, "3", lost=True)))
 SCHEMES = {
     "aquila": (Aquila, {"beta": 0.3}),
     "aquila, dense downlink": (Aquila, {"downlink": None}),
@@ -26,8 +29,12 @@ SCHEMES = {
     "laq": (partial(Aquila.laq, rule=SkipRule.laq(weight=0.5, patience=2)), {}),
     "aquila, own B": (Aquila, {"downlink": None, "lora": "fedsa"}),
     "plain, products": (Plain, {"downlink": None, "lora": "product"}),
+    "plain, reweighted": (Plain, {"missing": "reweight"}),
+    "plain, products, surrogates": (Plain, {"downlink": None, "lora": "product", "missing": "safari"}),
     "error-feedback": (ErrorFeedback, {}),
+    "error-feedback, last updates": (ErrorFeedback, {"missing": "mifa"}),
     "safari": (Safari, {}),
+    "safari, models that move on": (Safari, {"missing": Missing(surrogate="update", warmup_rounds=1)}),
     "safari, published": (Safari.published, {}),
     "tac": (Tac, {"num_clusters": 2}),
 }
@@ -55,7 +62,8 @@ def run(scheme, folder, *, nodes, crash_round=None, fraction=1.0):
     strategy = make(
         **options, checkpoint=folder, fraction_evaluate=0.0, fraction_train=fraction, min_train_nodes=2
     )
-    rounds = RoundGrid(grid, clock=VirtualTime())
+    faults = LOST if "missing" in options or make in (Safari, Safari.published) else None
+    rounds = RoundGrid(grid, clock=VirtualTime(), faults=faults)
     evaluate = rounds.ledger.recording(Crashing(crash_round), to=folder)
     result = strategy.start(rounds, initial(), num_rounds=ROUNDS, evaluate_fn=evaluate)
     frames = Counter()

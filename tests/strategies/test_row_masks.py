@@ -309,7 +309,7 @@ def test_an_upload_of_other_rows_is_refused(caplog):
     [
         (lambda **o: Aquila(**o), "row_mask: not with Aquila: it steps along all"),
         (lambda **o: Marina(**o), "row_mask: not with Marina"),
-        (lambda **o: Safari(**o), "row_mask: not with Safari"),
+        (lambda **o: Safari(sparse_model=True, **o), "sparse_model: a model's entries that rest"),
         (lambda **o: Tac(num_clusters=2, **o), "row_mask: not with Tac"),
     ],
 )

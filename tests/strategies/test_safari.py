@@ -1,17 +1,21 @@
-"""SAFARI against plain FedAvg and against an obvious twin; its masks and its surrogates."""
+"""SAFARI against plain FedAvg, its masks and its surrogates; by value: `test_missing`."""
 
 import numpy as np
 import pytest
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
+from fedkit.aggregation.missing import Missing
 from fedkit.clients import SafariMod
 from fedkit.codec.quantize import ZeroMidTread
 from fedkit.codec.wire import open_frame
 from fedkit.errors import ConfigError
 from fedkit.faults import Faults
 from fedkit.flower import GridWrapper
-from fedkit.message import read_frame, to_arrays
+from fedkit.message import from_arrays, read_frame, rows_of, to_arrays
 from fedkit.rounds import RoundGrid
+from fedkit.row_masks import RowMask
 from fedkit.strategies import Safari
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import LIKE, client_app, initial, optimum, targets
@@ -89,57 +93,87 @@ def test_a_frame_keeps_the_density_and_the_mask_moves(density):
     assert any((masks[0][name] != masks[1][name]).any() for name in LIKE), "each client has its own"
 
 
-@pytest.mark.parametrize("published", [False, True])
-def test_agrees_with_an_obvious_twin(published):
-    """The server's rules written down once more, from what arrived, client by client and entry by entry."""
-    make = Safari.published if published else Safari
-    spies, faults, rounds = [], Faults(drop=0.4, seed=3), 8
-    ours, _ = run(
-        make(density=0.4, **DENSE), clients(), rounds, faults, lambda g: spies.append(Spy(g)) or spies[0]
-    )
-    theta, scores, seen, warmup = np.zeros(88), {}, set(), 0 if published else 2
-    for k, replies in enumerate(spies[0].rounds, start=1):
-        arrived = {n: (flat(u), flat(m)) for n, (u, m) in replies.items() if not faults.loses(k, str(n - 1000))}
-        models = {n: np.where(m, theta + u, 0) if published else u for n, (u, m) in arrived.items()}
-        for i in arrived:
-            for j in arrived:
-                both = arrived[i][1] & arrived[j][1]
-                if published:
-                    scores[i, j] = [-np.linalg.norm(models[i] - models[j])]
-                elif both.any():
-                    a, b = models[i][both], models[j][both]
-                    scores.setdefault((i, j), []).append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-        known = seen if k > 1 else set()
-        stand_ins = list(arrived)
-        if k > warmup:
-            for i in sorted(known - set(arrived)):
-                candidates = [j for j in sorted(arrived) if (i, j) in scores]
-                if candidates:
-                    stand_ins.append(max(candidates, key=lambda j: np.mean(scores[i, j])))
-        if published:
-            theta = np.mean([models[n] for n in stand_ins], axis=0)
-        else:
-            total = sum(arrived[n][0] * arrived[n][1] for n in stand_ins)
-            owners = sum(arrived[n][1].astype(int) for n in stand_ins)
-            theta = theta + np.divide(total, owners, out=np.zeros(88), where=owners > 0)
-        seen |= set(arrived)
-    np.testing.assert_allclose(flat(ours), theta, rtol=1e-4, atol=1e-5)
-
-
 def test_a_surrogate_of_an_identical_client_is_the_missing_update():
     goals = [target for target in targets(3) for _ in range(2)]  # clients 0 and 1 alike, 2 and 3, 4 and 5
-    faults = Faults(rates={"1": 1.0}, start_round=4)
+    faults, kin = Faults(rates={"1": 1.0}, start_round=4), Missing(own=False)
     whole, _ = run(Safari(density=1.0, **DENSE), clients(goals), rounds=6)
-    compensated, result = run(Safari(density=1.0, **DENSE), clients(goals), rounds=6, faults=faults)
-    dropped, _ = run(Safari(density=1.0, compensate=False, **DENSE), clients(goals), rounds=6, faults=faults)
+    compensated, result = run(Safari(density=1.0, missing=kin, **DENSE), clients(goals), rounds=6, faults=faults)
+    dropped, _ = run(Safari(density=1.0, missing="drop", **DENSE), clients(goals), rounds=6, faults=faults)
     np.testing.assert_allclose(flat(compensated), flat(whole), atol=1e-5)
     assert not np.allclose(flat(dropped), flat(whole), atol=1e-2)
     assert [result.train_metrics_clientapp[k]["surrogates"] for k in (3, 4, 6)] == [0, 1, 1]
 
 
+def test_nobody_missing_is_masked_fedavg():
+    """Of each entry the mean over those that keep it, from what they sent."""
+    spies = []
+    ours, _ = run(Safari(density=0.3, **DENSE), clients(), spy=lambda g: spies.append(Spy(g)) or spies[0])
+    theta = np.zeros(88)
+    for replies in spies[0].rounds:
+        sent = [(flat(update), flat(mask)) for update, mask in replies.values()]
+        owners = sum(mask.astype(int) for _, mask in sent)
+        theta += np.divide(sum(u for u, _ in sent), owners, out=np.zeros(88), where=owners > 0)
+    np.testing.assert_allclose(flat(ours), theta, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("per", ["round", "client"])
+def test_masks_are_of_the_rows_that_travel(per):
+    """With a row mask a frame holds, of the active rows, the entries that the client keeps."""
+    seen, missing = [], Missing(warmup_rounds=0)
+
+    class Frames(GridWrapper):
+        def pull_messages(self, message_ids):
+            replies = list(self.inner.pull_messages(message_ids))
+            like = {"lora_A": LIKE["lora_A"][:2], "lora_B": LIKE["lora_B"][:, :2]}
+            frames = [read_frame(r.content) for r in replies if r.content.array_records]  # not who is who
+            seen.extend(open_frame(frame, like=like).mask for frame in frames)
+            return replies
+
+    apps = [rows_app(target) for target in targets(NUM)]
+    strategy = Safari(density=0.5, row_mask=RowMask(2, per=per), missing=missing, **DENSE)
+    params, result = run(strategy, apps, 16, Faults(drop=0.3), spy=Frames)
+    shares = [sum(m.sum() for m in mask.values()) / 44 for mask in seen]
+    assert 0.3 < min(shares) <= max(shares) < 0.7
+    assert any((seen[0][name] != seen[NUM][name]).any() for name in LIKE), "masks move"
+    assert np.linalg.norm(flat(params) - optimum(NUM)) < 0.9 * np.linalg.norm(optimum(NUM))
+    assert sum(m["surrogates"] for m in result.train_metrics_clientapp.values()) > 10
+
+
+@pytest.mark.parametrize("lora", ["ffa", "fedsa"])
+def test_masks_are_of_the_factors_that_are_shared(lora):
+    def frozen(local):
+        return local if lora == "fedsa" else local | {"lora_A": np.ones((4, 12), np.float32)}
+
+    start, mods = from_arrays(LIKE | {"lora_A": np.ones((4, 12), np.float32)}), [SafariMod()]
+    apps = [client_app(mods, target, tamper=frozen) for target in targets(NUM)]
+    strategy = Safari(density=0.5, lora=lora, **DENSE)
+    result = strategy.start(RoundGrid(InProcessGrid(apps), faults=Faults(drop=0.3)), start, num_rounds=6)
+    moved = {name for name, array in to_arrays(result.arrays).items() if (array != to_arrays(start)[name]).any()}
+    assert moved == ({"lora_B"} if lora == "ffa" else {"lora_A"})
+
+
+def rows_app(target):
+    """A client that trains the rows that it is asked for, and no other."""
+    app = ClientApp(mods=[SafariMod()])
+
+    @app.train()
+    def train(message, context):
+        (record,) = message.content.array_records.values()
+        received, rows = to_arrays(record), rows_of(message)
+        local = {name: a.copy() for name, a in received.items()}
+        for name, sets in rows.submodel(received).index_sets.items():
+            at = np.ix_(*sets)
+            local[name][at] += np.float32(0.3) * (target[name][at] - received[name][at])
+        content = {"arrays": from_arrays(local), "metrics": MetricRecord({"num-examples": 10})}
+        return Message(RecordDict(content), reply_to=message)
+
+    return app
+
+
 def test_nobody_answering_keeps_the_model():
     params, result = run(Safari(**DENSE), clients(), rounds=4, faults=Faults(drop=1.0, start_round=3))
     after_two, _ = run(Safari(**DENSE), clients(), rounds=2)
+    np.testing.assert_array_equal(flat(params), flat(after_two))
     assert sorted(result.train_metrics_clientapp) == [1, 2]
     assert params.keys() == after_two.keys()
     assert np.isfinite(flat(params)).all()
@@ -160,14 +194,17 @@ def test_aquilas_quantizer_codes_the_kept_values():
     np.testing.assert_allclose(levels, np.rint(levels), atol=1e-3)
 
 
-def test_similarity_is_quadratic_in_clients_and_nothing_else():
-    strategy = Safari(**DENSE)
-    run(strategy, clients(), rounds=3)
-    assert strategy.state.similarity.sums.shape == (NUM, NUM)
-    assert set(strategy.state.weights) == {str(i) for i in range(NUM)}
+REFUSED = [
+    ({"density": 0.0}, "density"),
+    ({"density": 1.5}, "density"),
+    ({"rewire": 2.0}, "rewire"),
+    ({"lora": "product", "downlink": None}, "product: not with Safari"),
+    ({"sparse_model": True, "row_mask": RowMask(2)}, "sparse_model"),
+    ({"row_mask": RowMask(2), "missing": "mifa"}, "missing: 'mifa': not with row_mask"),
+]
 
 
-@pytest.mark.parametrize("options", [{"density": 0.0}, {"density": 1.5}, {"rewire": 2.0}, {"similarity": "dot"}])
-def test_impossible_options_are_refused_at_construction(options):
-    with pytest.raises(ConfigError, match=next(iter(options))):
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_impossible_options_are_refused_at_construction(options, message):
+    with pytest.raises(ConfigError, match=message):
         Safari(**options)

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fedkit.aggregation.missing import Missing
 from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod
 from fedkit.codec.quantize import ZeroMidTread
 from fedkit.codec.sparsify import TopK
@@ -123,8 +124,7 @@ def _options(rng: random.Random, scheme: str) -> dict[str, Any]:
     return {
         "density": rng.choice([0.3, 0.6, 1.0]),
         "rewire": rng.choice([0.1, 1.0]),
-        "warmup_rounds": rng.randint(0, 2),
-        "compensate": rng.random() < 0.7,
+        "missing": Missing(own=False, warmup_rounds=rng.randint(0, 2)) if rng.random() < 0.7 else Missing("drop"),
         "quantizer": rng.choice([None, ZeroMidTread()]),
     }
 

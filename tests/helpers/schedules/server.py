@@ -176,12 +176,16 @@ class Server:
         weighted = self.plan.options["weighted"]
         own = {client: one.weight if weighted else 1.0 for client, one in sent.items()}
         masks = {client: _mask(one.frame or b"") for client, one in sent.items()}
+        before = dict(self.now.weights)  # of the clients that were heard from before this round
         self.now.weights.update(own)
         self.observe(sent, masks)
         choices: list[list[str]] = []
         weights_of = []
-        if self.plan.options["compensate"] and self.now.observed >= self.plan.options["warmup_rounds"]:
-            for missing in sorted(set(self.names.values()) - set(sent)):
+        rule = self.plan.options["missing"]
+        if rule.by == "safari" and self.now.observed >= rule.warmup_rounds:
+            everybody = self.plan.options["fraction_train"] >= 1
+            wanted = set(before) if everybody else set(self.names.values()) & set(before)
+            for missing in sorted(wanted - set(sent)):
                 if kin := self.kin(missing, sorted(sent)):
                     choices.append(kin)
                     weights_of.append(self.now.weights[missing])
