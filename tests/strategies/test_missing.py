@@ -1,4 +1,4 @@
-"""What missing clients count with, for every strategy that has the choice: against an obvious twin, and its laws."""
+"""What missing clients count with, in every strategy that has the choice: by value, and the laws."""
 
 import json
 
