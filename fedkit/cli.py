@@ -28,7 +28,7 @@ from fedkit.ledger import ROUNDS
 from fedkit.plan import Arm, Plan, plan_arms, read_app
 from fedkit.processes import end_processes
 from fedkit.record import completed, recorded
-from fedkit.report import Row, news, read_rounds, round_table, summarise, summary_table, totals_line
+from fedkit.report import Row, missing_table, news, read_rounds, round_table, summarise, summary_table, totals_line
 from fedkit.state import STATE_DIR
 from fedkit.submit import Connection
 
@@ -175,6 +175,8 @@ def show(console: Console, arm: Arm) -> None:
     """Print what happened in an arm."""
     rows = read_rounds(arm.run_dir / ROUNDS)
     console.print(round_table(rows, arm.title))
+    if (missing := missing_table(rows)) is not None:
+        console.print(missing)
     console.print(totals_line(rows), soft_wrap=True)
 
 

@@ -84,10 +84,7 @@ class Entry:
 
 
 class Ledger:
-    """Every message of a run, and what became of it.
-
-    The `RoundGrid` enters messages; a strategy notes what only it knows (a reply it had to refuse).
-    """
+    """Every message of a run, and what became of it; the `RoundGrid` and strategies tell it what they know."""
 
     def __init__(self) -> None:
         self.entries: dict[int, list[Entry]] = {}  # by round

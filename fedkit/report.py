@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -126,6 +127,38 @@ def round_table(rows: Sequence[Row], title: str) -> Table:
             format_times(times_less(total(so_far, "fp32-bytes"), sent)),
         )
     return table
+
+
+def missing_table(rows: Sequence[Row]) -> Table | None:
+    """Return the table of the clients that were missing: in which rounds, and who stood in; None: nobody was."""
+    rounds: dict[str, list[int]] = {}
+    by: dict[str, Counter[str]] = {}
+    for row in rows:
+        for client in row.get("missing-clients", ()):
+            rounds.setdefault(client, []).append(row["round"])
+            kin = row.get("stand-ins", {}).get(client)
+            name = "nobody" if kin is None else "its last update" if kin == client else f"client {kin}"
+            by.setdefault(client, Counter())[name] += 1
+    if not rounds:
+        return None
+    table = Table(title="Missing clients", title_justify="left")
+    for heading in ("client", "rounds", "missing in", "stood in for it"):
+        table.add_column(heading, justify="right" if heading == "rounds" else "left")
+    for client in sorted(rounds):
+        stood_in = ", ".join(f"{name} {times}×" for name, times in by[client].most_common())
+        table.add_row(client, str(len(rounds[client])), _ranges(rounds[client]), stood_in)
+    return table
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return whole numbers, ascending, in short: ``2-4, 7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def totals_line(rows: Sequence[Row]) -> str:

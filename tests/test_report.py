@@ -125,3 +125,16 @@ def test_one_seed_has_no_deviation_and_a_silent_run_no_ratio() -> None:
     row = summary["strategies"]["silent"]
     assert row["accuracy-std"] is row["accuracy-mean"] is row["times-less-uplink-than-fp32"] is None
     assert "silent" in text_of(report.summary_table(summary))
+
+
+def test_the_report_says_who_was_missing_when_and_who_stood_in() -> None:
+    rows: list[Row] = [{"round": k} for k in range(9)]
+    for k, kin in ((2, {}), (3, {"1": "0"}), (4, {"1": "1"}), (7, {"1": "0"})):
+        rows[k] = {"round": k, "missing-clients": ["1"], "stand-ins": kin}
+    rows[4] = {"round": 4, "missing-clients": ["1", "3"], "stand-ins": {"1": "1"}}
+    table = report.missing_table(rows)
+    assert table is not None
+    lines = [" ".join(line.split()) for line in text_of(table).splitlines()]
+    assert "│ 1 │ 4 │ 2-4, 7 │ client 0 2×, nobody 1×, its last update 1× │" in lines
+    assert "│ 3 │ 1 │ 4 │ nobody 1× │" in lines
+    assert report.missing_table([{"round": 1}]) is None

@@ -109,7 +109,9 @@ def compensated(inner: Aggregator[Any], missing: Missing) -> Aggregator[Any]:
     """
     if missing.by == "drop":
         return inner
-    missing = missing.settled(lasting=not isinstance(inner, ProductMean))
+    # under sparse models an update is that of a model which is no more: measured to be worse than the kin's
+    lasting = not isinstance(inner, ProductMean) and not (isinstance(inner, MaskedMean) and inner.sparse_model)
+    missing = missing.settled(lasting=lasting)
     if not isinstance(inner, Mean | MaskedMean | ProductMean):
         raise ConfigError(f"missing: {missing.by!r} needs a mean over the uploads, got {type(inner).__name__}.")
     reasons = {
