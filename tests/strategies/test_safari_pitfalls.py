@@ -67,7 +67,7 @@ def test_cold_start_the_first_rounds_only_observe():
 
 
 def two_groups(count=5, share=0.4, noise=0.5):
-    """Return updates and masks of two groups that pull in different directions, each client with a mask of its own."""
+    """Return updates and masks of two groups that pull in different directions; masks differ by client."""
     directions = RNG.normal(size=(2, 2000))
     updates = np.concatenate([d + noise * RNG.normal(size=(count, 2000)) for d in directions]).astype(np.float32)
     masks = RNG.random((2 * count, 2000)) < share
@@ -151,10 +151,8 @@ def test_a_model_copied_is_not_an_update_added_to_its_own():
     )
     np.testing.assert_allclose(copied[2].params["w"], same + 2 * later, rtol=1e-5)
     np.testing.assert_allclose(moved[1].params["w"], same + later, rtol=1e-5)
-    np.testing.assert_allclose(
-        moved[2].params["w"], same + 2 * later, rtol=1e-5
-    )  # they part where others answer, too
-    others = [r + [upload("2", -same)] for r in rounds]
+    np.testing.assert_allclose(moved[2].params["w"], same + 2 * later, rtol=1e-5)
+    others = [[*r, upload("2", -same)] for r in rounds]  # where they part
     copied, moved = (
         play(server(Missing(surrogate=s, own=False, warmup_rounds=0)), others)[-1].params["w"]
         for s in ("model", "update")
@@ -272,11 +270,10 @@ def test_the_published_anneal_ends_at_nothing():
 def test_whoever_misses_the_broadcast_trains_from_what_it_is_sent_next():
     """Only uplinks are lost in the paper; here a node that holds an old version is sent the changes it lacks."""
     strategy = Safari(density=0.5, fraction_evaluate=0.0, min_train_nodes=2, min_available_nodes=2)
-    inner = InProcessGrid(clients())
-    grid = RoundGrid(inner, faults=Faults(client_crash=0.3, seed=1))
-    result = strategy.start(grid, initial(), num_rounds=10)
-    assert np.isfinite(flat({n: a.numpy() for n, a in result.arrays.items()})).all()
-    assert sum(grid.ledger.round_totals(k)["rejected"] for k in range(1, 11)) == 0
+    grid = RoundGrid(InProcessGrid(clients()), faults=Faults(events=(Event(3, "0", crash=True),)))
+    strategy.start(grid, initial(), num_rounds=5)
+    counts = [grid.ledger.round_totals(k) for k in range(1, 6)]
+    assert [(c["replies"], c["rejected"]) for c in counts] == [(6, 0), (6, 0), (5, 0), (5, 1), (6, 0)]
 
 
 def test_a_mask_is_of_some_arrays_at_some_density():
