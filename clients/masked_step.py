@@ -23,6 +23,9 @@ Hold: TypeAlias = Literal["gradient", "update"]
 """
 
 
+_Held: TypeAlias = dict[str, tuple[list[int], list[Tensor]]]
+
+
 class Group(NamedTuple):
     """Factors of one shape, type and device: what is done to all of them together takes few operations."""
 
@@ -73,9 +76,8 @@ class MaskedStep:
             raise ConfigError("the model has no LoRA layers: nothing to mask.")
         self._fixed = None if draw is None else _fixed(model, self._groups, draw)
         self._masks: list[Tensor] = []
-        self._saved: dict[
-            tuple[int, str], Tensor
-        ] = {}  # by group and name: what a step may not change; "": no state
+        self._held: list[_Held] = []  # by group: what a step may not change in components that rest
+        self._saved: list[dict[str, Tensor]] = []  # what it was before the step, stacked
 
     def before(self, generator: torch.Generator, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Zero the gradients of components that rest, after all else was done to gradients.
@@ -97,22 +99,26 @@ class MaskedStep:
         if self._hold == "update":
             if optimizer is None:
                 raise ConfigError("hold: 'update' holds back what an optimizer does: tell `before` which.")
-            self._saved = {
-                (number, key): torch.stack(tensors)
-                for number, group in enumerate(self._groups)
-                for key, (_, tensors) in _held(group, optimizer).items()
-            }
+            self._held = [_held(group, optimizer) for group in self._groups]
+            self._saved = [
+                {key: torch.stack(tensors) for key, (_, tensors) in held.items()} for held in self._held
+            ]
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """Put back what rests, if it is held back whole; its moments, where this step made them, are zero."""
-        if self._hold != "update":
-            return
-        for number, (group, mask) in enumerate(zip(self._groups, self._masks, strict=True)):
-            for key, (rows, tensors) in _held(group, optimizer).items():
-                before = self._saved.get((number, key), 0.0)
-                torch._foreach_copy_(tensors, torch.where(_of(mask, rows), torch.stack(tensors), before).unbind())
-        self._saved = {}
+        for group, mask, held, saved in zip(self._groups, self._masks, self._held, self._saved, strict=False):
+            for key, (rows, tensors) in held.items():
+                kept = torch.where(_of(mask, rows), torch.stack(tensors), saved[key])
+                torch._foreach_copy_(tensors, kept.unbind())
+            if (
+                len(held) == 1 or len({len(rows) for rows, _ in held.values()}) > 1
+            ):  # the optimizer had yet to begin
+                for key, (rows, tensors) in _held(group, optimizer).items():
+                    for row, tensor in zip(rows, tensors, strict=True):
+                        if row not in held.get(key, ((), ()))[0]:
+                            tensor.masked_fill_(~mask[row], 0)
+        self._held, self._saved = [], []
 
     def _drawn(self, generator: torch.Generator) -> list[Tensor]:
         """Return a new mask for each group: of each pair's random permutation, the places of the least numbers."""
@@ -173,12 +179,12 @@ def _of(mask: Tensor, rows: list[int]) -> Tensor:
     return mask if len(rows) == len(mask) else mask[rows]
 
 
-def _held(group: Group, optimizer: torch.optim.Optimizer) -> dict[str, tuple[list[int], list[Tensor]]]:
+def _held(group: Group, optimizer: torch.optim.Optimizer) -> _Held:
     """Return the factors that have a gradient, and what the optimizer remembers of each of their entries.
 
     By name, "" for the factors, in each case which of the group's factors have it, and what they have.
     """
-    found: dict[str, tuple[list[int], list[Tensor]]] = {}
+    found: _Held = {}
     for row, parameter in enumerate(group.parameters):
         if parameter.grad is None:
             continue
