@@ -27,11 +27,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import Bench, Row, parser, sources_digest
-from benchmarks.rm_lora_claims import BOTH, LORA4, LORA8, LORA16, MASK, PENALTY, claims, difference
+from benchmarks.rm_lora_claims import BOTH, LORA4, LORA8, LORA16, MASK, PENALTY, claims, line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,12 +54,13 @@ METRIC = {"cola": "matthews"}  # what chooses the rate; elsewhere the accuracy
 TUNING = (100, 101, 102)  # seeds
 COLUMNS = {
     "arm": "arm",
+    "seeds": "seeds",
     "rate": "rate",
-    "parameters": "factors, stored",
-    "trained": "trained per step",
-    "accuracy": "test accuracy, %",
+    "parameters": "factors",
+    "trained": "per step",
+    "accuracy": "test, %",
     "matthews": "Matthews",
-    "gap": "train − test, points",
+    "gap": "train − test",
     "rank": "effective rank",
     "budget": f"− {LORA4}, 95 %",
     "storage": f"− {LORA8}, 95 %",
@@ -105,11 +106,18 @@ def train(task: Task, arm: dict[str, Any], rate: float, seed: int, epochs: int, 
     metrics = train_rm_lora(model, batches, config, learning_rate=rate, epochs=epochs, seed=seed, device=device)
     size = sum(p.numel() for _, *pair in lora_pairs(model) for p in pair)
     row = {"loss": metrics["train-loss"], "rank": metrics["effective-rank"], "parameters": size}
-    row["trained"] = size * config.active_rank // config.r
+    row |= {"trained": size * config.active_rank // config.r, "device": device_name(device)}
     for name, (examples, rows) in parts.items():
         row |= {f"{name}-{key}": value for key, value in scores(model, examples, rows, task.num_labels).items()}
     row |= {"backbone": task.backbone} if task.backbone is not None else {}
     return row | {"seconds": time.perf_counter() - wall, "cpu-seconds": time.process_time() - cpu}
+
+
+def device_name(device: str) -> str:
+    """Return which processor it is."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def scores(model: Any, examples: Examples, rows: Tensor, num_labels: int) -> dict[str, float]:
@@ -177,28 +185,12 @@ def by_task(rows: Iterable[Row]) -> dict[str, dict[str, dict[int, Row]]]:
     }
 
 
-def line(arm: str, arms: dict[str, dict[int, Row]]) -> Row:
-    """Return the line of one arm: means over the seeds."""
-    rows = list(arms[arm].values())
-    first = {key: rows[0][key] for key in ("rate", "parameters", "trained")}
-    values = [100 * row["accuracy"] for row in rows]
-    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
-    found = {"arm": arm, **first, "accuracy": f"{mean(values):.2f}{spread}"}
-    found |= {"gap": 100 * mean(row["gap"] for row in rows), "rank": mean(row["rank"] for row in rows)}
-    if "matthews" in rows[0]:
-        found["matthews"] = mean(row["matthews"] for row in rows)
-    for key, baseline in (("budget", LORA4), ("storage", LORA8)):
-        if baseline in arms and baseline != arm:
-            found[key] = str(difference(arms[arm], arms[baseline]))
-    return found
-
-
 def show(bench: Bench, rows: Iterable[Row]) -> None:
     """Print a table for each task, a summary, and the claims."""
     found = by_task(rows)
     for task, arms in found.items():
         some = next(iter(next(iter(arms.values())).values()))
-        title = f"{task}, seeds {' '.join(map(str, next(iter(arms.values()))))}"
+        title = f"{task}, {some['examples']} examples, {some['epochs']} epochs"
         if "backbone" in some:
             title += f"; the backbone knows {100 * some['backbone']:.1f} % of its own 50 classes' test images"
         columns = {key: name for key, name in COLUMNS.items() if key != "matthews" or "matthews" in some}

@@ -41,7 +41,8 @@ class Interval(NamedTuple):
         return cls(middle, middle - half, middle + half)
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+        known = self.high < float("inf")
+        return f"{self.mean:+.2f}" + (f" [{self.low:+.2f}, {self.high:+.2f}]" if known else "")
 
 
 def difference(ours: Seeds, theirs: Seeds, key: str = "accuracy") -> Interval:
@@ -49,6 +50,22 @@ def difference(ours: Seeds, theirs: Seeds, key: str = "accuracy") -> Interval:
     return Interval.of(
         [100 * (ours[seed][key] - theirs[seed][key]) for seed in sorted(ours.keys() & theirs.keys())]
     )
+
+
+def line(arm: str, arms: Mapping[str, Seeds]) -> Row:
+    """Return the line of one arm: means over the seeds."""
+    rows = list(arms[arm].values())
+    first = {key: rows[0][key] for key in ("rate", "parameters", "trained")}
+    values = [100 * row["accuracy"] for row in rows]
+    spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+    found = {"arm": arm, "seeds": len(rows), **first, "accuracy": f"{mean(values):.2f}{spread}"}
+    found |= {"gap": 100 * mean(row["gap"] for row in rows), "rank": mean(row["rank"] for row in rows)}
+    if "matthews" in rows[0]:
+        found["matthews"] = mean(row["matthews"] for row in rows)
+    for key, baseline in (("budget", LORA4), ("storage", LORA8)):
+        if baseline in arms and baseline != arm:
+            found[key] = str(difference(arms[arm], arms[baseline]))
+    return found
 
 
 def pooled(found: Found) -> dict[str, Seeds]:

@@ -60,12 +60,13 @@ def test_the_mean_over_tasks_is_of_what_all_tasks_have():
 
 def test_rows_of_several_files_make_one_table(tmp_path, capsys):
     options = {"rate": 1e-3, "parameters": 8, "trained": 4, "gap": 0.1, "part": "test", "task": "rte"}
+    options |= {"examples": 1000, "epochs": 5}
     for name, accuracy in ((LORA4, 0.5), (BOTH, 0.75)):
         row = {"arm": name, "seed": 3, "accuracy": accuracy, "rank": 2.0, **options}
         (tmp_path / f"{accuracy}.jsonl").write_text(json.dumps(row) + "\n")
     rm_lora.main(["--rows", *map(str, tmp_path.glob("*.jsonl")), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "rte, seeds 3" in printed
+    assert "rte, 1000 examples, 5 epochs" in printed
     assert "equal budget: RM-LoRA − LoRA r4, points" in printed
     assert "+25.00" in printed
 
