@@ -8,6 +8,7 @@
 - ``aquila``: bits until FedAvg's accuracy, AQUILA beside LAQ, QSGD, AdaQuantFL and MARINA, on three tasks
 - ``text_lora``: bytes until FedAvg's accuracy with MiniLM on SST-2
 - ``mixed_ranks``: ways to average LoRA factors of several ranks
+- ``rm_lora``: RM-LoRA beside LoRA at equal budget and at equal storage, on six tasks
 - ``rm_lora_step``: the time of RM-LoRA's step beside PEFT LoRA's
 - ``schedules`` and ``crashes``: random schedules of faults, and programs killed in a deployment
 - ``innovations``: records what the codecs are measured on

@@ -83,10 +83,10 @@ def stepper(size: dict[str, int], device: str, options: dict[str, Any]) -> Calla
     def step() -> float:
         begin = clock()
         loss = model(pixel_values=pixels, labels=labels).loss
-        if penalty:
-            loss = loss + config.orth_reg_weight * penalty()
         optimizer.zero_grad()
         loss.backward()
+        if penalty:
+            penalty.add_gradient(config.orth_reg_weight)
         if masked:
             masked.before(generator, optimizer)
         optimizer.step()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -24,12 +23,26 @@ Hold: TypeAlias = Literal["gradient", "update"]
 """
 
 
-class Idle(NamedTuple):
-    """The components of one factor that rest in a step."""
+_Held: TypeAlias = dict[str, tuple[list[int], list[Tensor]]]
 
-    parameter: nn.Parameter
-    axis: int  # 0: rows of A, 1: columns of B
-    indices: Tensor
+
+class Group(NamedTuple):
+    """Factors of one shape, type and device: what is done to all of them together takes few operations."""
+
+    parameters: list[nn.Parameter]
+    axis: int  # of the components; 0: rows of A, 1: columns of B
+    places: Tensor  # which of the pairs of this rank
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.parameters[0].shape[self.axis]
+
+    def mask(self, active: Tensor) -> Tensor:
+        """Return what is to be kept of a stack of all factors, from `active`, of shape (factors, r)."""
+        first = self.parameters[0]
+        shape = [len(active), *(size if axis == self.axis else 1 for axis, size in enumerate(first.shape))]
+        return active.view(shape).to(first.device, non_blocking=True)
 
 
 class MaskedStep:
@@ -57,13 +70,14 @@ class MaskedStep:
         hold: Hold = "gradient",
         draw: RowDraw | None = None,
     ) -> None:
-        self._pairs = [(a, b) for _, a, b in lora_pairs(model)]
-        if not self._pairs:
-            raise ConfigError("the model has no LoRA layers: nothing to mask.")
         self._rank, self._pairing, self._hold = active_rank, pairing, hold
-        self._fixed = None if draw is None else _resting(model, draw)
-        self._saved: list[tuple[Idle, str, Tensor]] = []  # the values that a step may not change; "": no state
-        self._idle: list[Idle] = []
+        self._groups, self._ranks = _groups(model)
+        if not self._groups:
+            raise ConfigError("the model has no LoRA layers: nothing to mask.")
+        self._fixed = None if draw is None else _fixed(model, self._groups, draw)
+        self._masks: list[Tensor] = []
+        self._held: list[_Held] = []  # by group: what a step may not change in components that rest
+        self._saved: list[dict[str, Tensor]] = []  # what it was before the step, stacked
 
     def before(self, generator: torch.Generator, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Zero the gradients of components that rest, after all else was done to gradients.
@@ -75,40 +89,43 @@ class MaskedStep:
         optimizer : torch.optim.Optimizer, optional
             With "update" only: what is about to step.
         """
-        self._idle = list(self._drawn(generator)) if self._fixed is None else self._fixed
-        for parameter, axis, indices in self._idle:
-            if parameter.grad is not None:
-                parameter.grad.index_fill_(axis, indices, 0)
-        self._saved = []
+        self._masks = self._drawn(generator) if self._fixed is None else self._fixed
+        for group, mask in zip(self._groups, self._masks, strict=True):
+            rows = [row for row, parameter in enumerate(group.parameters) if parameter.grad is not None]
+            if rows:
+                grads = [group.parameters[row].grad for row in rows]
+                whole = _of(mask, rows).to(grads[0].dtype).expand(-1, *grads[0].shape).contiguous()
+                torch._foreach_mul_(grads, whole.unbind())
         if self._hold == "update":
             if optimizer is None:
                 raise ConfigError("hold: 'update' holds back what an optimizer does: tell `before` which.")
-            for idle in self._idle:
-                for key, tensor in _held(idle.parameter, optimizer):
-                    self._saved.append((idle, key, tensor.index_select(idle.axis, idle.indices)))
+            self._held = [_held(group, optimizer) for group in self._groups]
+            self._saved = [
+                {key: torch.stack(tensors) for key, (_, tensors) in held.items()} for held in self._held
+            ]
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """Put back what rests, if it is held back whole; its moments, where this step made them, are zero."""
-        if self._hold != "update":
-            return
-        saved = {(id(idle.parameter), key): values for idle, key, values in self._saved}
-        for idle in self._idle:
-            for key, tensor in _held(idle.parameter, optimizer):
-                values = saved.get((id(idle.parameter), key))
-                if values is None:
-                    tensor.index_fill_(idle.axis, idle.indices, 0)
-                else:
-                    tensor.index_copy_(idle.axis, idle.indices, values)
-        self._saved = []
+        for group, mask, held, saved in zip(self._groups, self._masks, self._held, self._saved, strict=False):
+            for key, (rows, tensors) in held.items():
+                kept = torch.where(_of(mask, rows), torch.stack(tensors), saved[key])
+                torch._foreach_copy_(tensors, kept.unbind())
+            if (
+                len(held) == 1 or len({len(rows) for rows, _ in held.values()}) > 1
+            ):  # the optimizer had yet to begin
+                for key, (rows, tensors) in _held(group, optimizer).items():
+                    for row, tensor in zip(rows, tensors, strict=True):
+                        if row not in held.get(key, ((), ()))[0]:
+                            tensor.masked_fill_(~mask[row], 0)
+        self._held, self._saved = [], []
 
-    def _drawn(self, generator: torch.Generator) -> Iterator[Idle]:
-        for a, b in self._pairs:
-            rows = columns = torch.randperm(len(a), generator=generator)[self._rank :].to(a.device)
-            if self._pairing == "independent":
-                columns = torch.randperm(len(a), generator=generator)[self._rank :].to(a.device)
-            yield Idle(a, 0, rows)
-            yield Idle(b, 1, columns)
+    def _drawn(self, generator: torch.Generator) -> list[Tensor]:
+        """Return a new mask for each group: of each pair's random permutation, the places of the least numbers."""
+        draws, active = 1 if self._pairing == "paired" else 2, {}
+        for r, count in self._ranks.items():
+            active[r] = torch.rand(draws, count, r, generator=generator).argsort(-1) < self._rank
+        return [group.mask(active[group.r][group.axis % draws][group.places]) for group in self._groups]
 
 
 def mask_gradients(model: nn.Module, active_rank: int, mask: Pairing, generator: torch.Generator) -> None:
@@ -128,27 +145,57 @@ def mask_gradients(model: nn.Module, active_rank: int, mask: Pairing, generator:
     MaskedStep(model, active_rank, mask).before(generator)
 
 
-def _resting(model: nn.Module, draw: RowDraw) -> list[Idle]:
-    """Return what rests, by PEFT's names of the arrays, as the server has them."""
-    resting = []
+def _groups(model: nn.Module) -> tuple[list[Group], dict[int, int]]:
+    """Return the factors, those of a shape together, and how many pairs there are of each rank."""
+    found: dict[tuple[object, ...], tuple[list[nn.Parameter], int, list[int]]] = {}
+    ranks: dict[int, int] = {}
+    for _, *pair in lora_pairs(model):
+        r = len(pair[0])
+        for axis, parameter in enumerate(pair):
+            key = (axis, parameter.shape, parameter.dtype, parameter.device)
+            parameters, _, places = found.setdefault(key, ([], axis, []))
+            parameters.append(parameter)
+            places.append(ranks.get(r, 0))
+        ranks[r] = ranks.get(r, 0) + 1
+    return [Group(parameters, axis, torch.tensor(places)) for parameters, axis, places in found.values()], ranks
+
+
+def _fixed(model: nn.Module, groups: list[Group], draw: RowDraw) -> list[Tensor]:
+    """Return the mask of each group, by PEFT's names of the arrays, as the server has them."""
+    names = {}
     for layer, a, b in lora_pairs(model):
-        for factor, parameter, axis in (("lora_A", a, 0), ("lora_B", b, 1)):
-            active = torch.from_numpy(draw.rows(f"{layer}.{factor}.weight", parameter.shape[axis]))
-            idle = torch.ones(parameter.shape[axis], dtype=torch.bool).index_fill_(0, active, False)
-            resting.append(Idle(parameter, axis, idle.nonzero().flatten().to(parameter.device)))
-    return resting
+        names |= {a: f"{layer}.lora_A.weight", b: f"{layer}.lora_B.weight"}
+    masks = []
+    for group in groups:
+        active = torch.zeros(len(group.parameters), group.r, dtype=torch.bool)
+        for row, parameter in zip(active, group.parameters, strict=True):
+            row[torch.from_numpy(draw.rows(names[parameter], group.r))] = True
+        masks.append(group.mask(active))
+    return masks
 
 
-def _held(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameter, and what the optimizer remembers of each of its entries, if it has a gradient."""
-    if parameter.grad is None:
-        return
-    yield "", parameter.detach()
-    for key, value in optimizer.state.get(parameter, {}).items():
-        if isinstance(value, Tensor) and value.ndim > 0:  # unlike the number of steps
-            if value.shape != parameter.shape:
-                raise ConfigError(
-                    f"hold: 'update' needs an optimizer that remembers values of each entry, as AdamW does; "
-                    f"{type(optimizer).__name__} has {key!r} of shape {tuple(value.shape)}. Use 'gradient'."
-                )
-            yield key, value
+def _of(mask: Tensor, rows: list[int]) -> Tensor:
+    """Return the part of a mask that belongs to some of a group's factors."""
+    return mask if len(rows) == len(mask) else mask[rows]
+
+
+def _held(group: Group, optimizer: torch.optim.Optimizer) -> _Held:
+    """Return the factors that have a gradient, and what the optimizer remembers of each of their entries.
+
+    By name, "" for the factors, in each case which of the group's factors have it, and what they have.
+    """
+    found: _Held = {}
+    for row, parameter in enumerate(group.parameters):
+        if parameter.grad is None:
+            continue
+        for key, value in {"": parameter.detach(), **optimizer.state.get(parameter, {})}.items():
+            if isinstance(value, Tensor) and value.ndim > 0:  # unlike the number of steps
+                if value.shape != parameter.shape:
+                    raise ConfigError(
+                        f"hold: 'update' needs an optimizer that remembers values of each entry, as AdamW does; "
+                        f"{type(optimizer).__name__} has {key!r} of shape {tuple(value.shape)}. Use 'gradient'."
+                    )
+                rows, tensors = found.setdefault(key, ([], []))
+                rows.append(row)
+                tensors.append(value)
+    return found

@@ -26,8 +26,6 @@ Penalty: TypeAlias = Literal["norm", "cosine"]
     0 for a zero row, and for r = 1, which has no two rows.
 """
 
-_TINY = 1e-30  # as in the released code: a zero row has cosine 0
-
 
 def lora_pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
     """Yield (layer name, A, B) of the active adapter, layer by layer."""
@@ -60,6 +58,7 @@ class Orthogonality:
 
     def __init__(self, model: nn.Module, penalty: Penalty = "norm") -> None:
         self._measure = _cosines if penalty == "cosine" else _norms
+        self._derive = _by_cosines if penalty == "cosine" else _by_norms
         self._groups: dict[tuple[object, ...], list[nn.Parameter]] = {}  # of A, and of B
         for _, a, b in lora_pairs(model):
             self._groups.setdefault(("A", a.shape, a.dtype, a.device), []).append(a)
@@ -72,12 +71,30 @@ class Orthogonality:
         """Return R, a scalar that gradients flow through."""
         total: Tensor | None = None
         for (factor, *_), group in self._groups.items():
-            stack = torch.stack([parameter.flatten(1) for parameter in group])
-            gram = stack @ stack.mT if factor == "A" else stack.mT @ stack
-            part = self._measure(gram)
+            part = self._measure(_gram(torch.stack(group).flatten(2), factor))
             total = part if total is None else total + part.to(total.device)
         assert total is not None  # there are groups
         return total / self._count
+
+    @torch.no_grad()
+    def add_gradient(self, weight: float) -> None:
+        """Add what ``(weight * R).backward()`` adds to the factors' gradients, in far fewer operations.
+
+        With D, symmetric, the derivative of R by A A^T, that by A is 2 D A; by B it is 2 B D.
+        """
+        for (factor, *_), group in self._groups.items():
+            trained = [parameter for parameter in group if parameter.requires_grad]
+            if not trained:
+                continue
+            stack = torch.stack(trained).flatten(2)  # of convolutions
+            derivative = self._derive(_gram(stack, factor)) * (2 * weight / self._count)
+            gradient = derivative @ stack if factor == "A" else stack @ derivative
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            torch._foreach_add_(
+                [parameter.grad for parameter in trained], gradient.view(-1, *trained[0].shape).unbind()
+            )
 
 
 def orthogonality_penalty(model: nn.Module, penalty: Penalty = "norm") -> Tensor:
@@ -103,20 +120,43 @@ def effective_rank(model: nn.Module) -> float:
     return float(torch.stack(ranks).mean())
 
 
+def _gram(stack: Tensor, factor: object) -> Tensor:
+    """Return A A^T or B^T B of a stack of factors."""
+    return stack @ stack.mT if factor == "A" else stack.mT @ stack
+
+
 def _norms(gram: Tensor) -> Tensor:
     """Return the sum of ||G - I||_F over a stack of Gram matrices."""
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    norms: Tensor = torch.linalg.matrix_norm(gram - identity)
+    norms: Tensor = torch.linalg.matrix_norm(
+        gram - torch.eye(*gram.shape[1:], dtype=gram.dtype, device=gram.device)
+    )
     return norms.sum()
+
+
+def _by_norms(gram: Tensor) -> Tensor:
+    """Return the derivative of `_norms`; 0 where the norm has none."""
+    off = gram - torch.eye(*gram.shape[1:], dtype=gram.dtype, device=gram.device)
+    norms = torch.linalg.vector_norm(off, dim=(1, 2), keepdim=True)
+    return off / torch.where(norms > 0, norms, 1.0)
 
 
 def _cosines(gram: Tensor) -> Tensor:
     """Return the sum of the mean absolute cosines off the diagonal, over a stack of Gram matrices."""
-    r = gram.shape[-1]
-    if r == 1:
-        return gram.sum() * 0.0
+    return (gram.abs() * _scale(gram)).sum()
+
+
+def _by_cosines(gram: Tensor) -> Tensor:
+    """Return the derivative of `_cosines`; 0 where it has none."""
+    scale = _scale(gram)
     squares = gram.diagonal(dim1=-2, dim2=-1)
-    lengths = torch.where(squares > 0, squares, 1.0).sqrt()  # √ has no derivative at 0; such rows have cosine 0
-    cosines = gram.abs() / (lengths[:, :, None] * lengths[:, None, :] + _TINY)
-    off = cosines.sum((-2, -1)) - cosines.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return (off / (r * r - r)).sum()
+    shrink = (gram.abs() * scale).sum(-1) / torch.where(squares > 0, squares, 1.0)
+    return gram.sign() * scale - torch.diag_embed(shrink)
+
+
+def _scale(gram: Tensor) -> Tensor:
+    """Return what turns products of rows into cosines, a share of the mean each; 0 on the diagonal."""
+    r = gram.shape[-1]
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    inverse = torch.where(squares > 0, squares, 1.0).rsqrt()  # √ has no derivative at 0; such rows have cosine 0
+    off = (1 - torch.eye(r, dtype=gram.dtype, device=gram.device)) / max(r * r - r, 1)
+    return inverse[:, :, None] * inverse[:, None, :] * off

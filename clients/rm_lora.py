@@ -170,10 +170,10 @@ def train_rm_lora(
             for batch in batches:
                 loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
                 losses.append(loss.detach())
-                if penalty:
-                    loss = loss + config.orth_reg_weight * penalty()
                 optimizer.zero_grad()
                 loss.backward()
+                if penalty:
+                    penalty.add_gradient(config.orth_reg_weight)
                 if masked:
                     masked.before(generator, optimizer)
                 optimizer.step()

@@ -157,3 +157,26 @@ def test_what_cannot_be_held_is_refused():
         masked.before(generator)
     with pytest.raises(ConfigError, match="nothing to mask"):
         MaskedStep(torch.nn.Linear(2, 2), 1)
+
+
+def test_a_factor_that_is_trained_later_than_others_begins_with_moments_of_zero_where_it_rests():
+    model, generator = tiny_model(b_is_zero=False), torch.Generator().manual_seed(0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    masked, late = MaskedStep(model, 2, hold="update"), list(lora_pairs(model))[1][1:]
+    for number, batch in enumerate(tiny_batches()):
+        before = values_of(model, optimizer)
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        if number == 0:
+            for parameter in late:
+                parameter.grad = None
+        masked.before(generator, optimizer)
+        optimizer.step()
+        masked.after(optimizer)
+        moved = {
+            place: kept(now - before.get(place, torch.zeros_like(now)))
+            for place, now in values_of(model, optimizer).items()
+        }
+        assert {len(indices) for indices in moved.values()} == ({2, 0} if number == 0 else {2})
+    assert any(key == "exp_avg" for *_, key in moved)

@@ -34,7 +34,32 @@ def test_gradients_are_finite_everywhere(penalty):
         with torch.no_grad():
             next(lora_pairs(model))[1][0] = 0  # a zero row
         orthogonality_penalty(model, penalty).backward()
+        Orthogonality(model, penalty).add_gradient(1.0)
         assert all(p.grad.isfinite().all() for _, *pair in lora_pairs(model) for p in pair)
+
+
+@pytest.mark.parametrize("penalty", ["norm", "cosine"])
+@pytest.mark.parametrize(
+    "make", [tiny_model, lambda: orthonormal(tiny_model()), lambda: tiny_model(b_is_zero=False)]
+)
+def test_the_gradient_by_hand_is_that_of_the_penalty_and_is_added(make, penalty):
+    by_autograd, by_hand = make(), make()
+    by_hand.load_state_dict(by_autograd.state_dict())
+    with torch.no_grad():
+        for model in (by_autograd, by_hand):
+            next(lora_pairs(model))[1][0] = 0  # a zero row
+    pairs = list(zip(lora_pairs(by_autograd), lora_pairs(by_hand), strict=True))
+    for (_, a, _), (_, same, _) in pairs:
+        a.grad = torch.ones_like(a)  # of the task; B's is none yet
+        same.grad = torch.ones_like(a)
+    pairs[0][1][1].requires_grad_(False)  # a frozen factor counts, but has no gradient
+    (0.3 * orthogonality_penalty(by_autograd, penalty)).backward()
+    Orthogonality(by_hand, penalty).add_gradient(0.3)
+    assert (pairs[0][1][1].grad == 1).all()
+    for (_, *expected), (_, *found) in pairs:
+        for p, q in zip(expected, found, strict=True):
+            if q.requires_grad:
+                torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_norm_fixes_the_scale_and_the_cosine_does_not():
