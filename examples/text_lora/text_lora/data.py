@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
 from fedkit.clients.partition import partition
@@ -70,7 +71,7 @@ def _load(data: str, data_config: str) -> Mapping[str, Dataset]:
         if Path(data, "dataset_dict.json").exists():
             return load_from_disk(data)
         return load_dataset(data, data_config or None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise ConfigError(
             f"data: expected the whole path of a folder with train.jsonl and dev.jsonl, or whatever else "
             f"`datasets.load_dataset` takes, got {data!r} ({error})."
