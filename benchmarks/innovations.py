@@ -32,6 +32,7 @@ from fedkit.strategies import Aquila
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path("benchmark-runs", "innovations")
+PLAIN: dict[str, Any] = {"active-rank": 8, "orth-reg-weight": 0.0}  # LoRA, not RM-LoRA, for text
 LEAST = 75_000  # values in what a codec is measured on
 
 
@@ -75,8 +76,9 @@ def sources(full: bool) -> list[Source]:
     data = Path(os.environ.get("FEDKIT_DATA_DIR", ""), "text", "sst2")
     digits = Source("quickstart", "quickstart", (3, 10, 20), {})
     if not data.is_dir():
-        return [digits, Source("manuals", "text_lora", (1, 4, 8, 12), {})]
-    return [digits, Source("sst2", "text_lora", (1, 4, 8, 12), {"data": str(data), "text-column": "text_a"})]
+        return [digits, Source("manuals", "text_lora", (1, 4, 8, 12), PLAIN)]
+    sst2 = PLAIN | {"data": str(data), "text-column": "text_a"}
+    return [digits, Source("sst2", "text_lora", (1, 4, 8, 12), sst2)]
 
 
 def record(source: Source, folder: Path = FOLDER) -> None:

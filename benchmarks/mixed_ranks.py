@@ -113,11 +113,10 @@ class Task:
         """Return the example's config, with plain LoRA of a rank."""
         text = (EXAMPLES / self.folder / "pyproject.toml").read_text()
         more: dict[str, Any] = {"seed": self.seed, "r": r, "lora-alpha": SCALING * r, "learning-rate": self.rate}
-        if self.name == "digits":
-            more |= {"num-clients": 9, "active-rank": r, "orth-reg-weight": 0.0}
-        else:
+        more |= {"num-clients": 9, "active-rank": r, "orth-reg-weight": 0.0}
+        if self.name != "digits":
             data = str(Path(os.environ["FEDKIT_DATA_DIR"]).resolve() / "text" / "sst2")
-            more |= {"num-clients": 9, "local-steps": 8, "text-column": "text_a", "data": data}
+            more |= {"local-steps": 8, "text-column": "text_a", "data": data}
         return parse(self.module.Config, tomllib.loads(text)["tool"]["flwr"]["app"]["config"] | more)
 
     @property
@@ -126,6 +125,13 @@ class Task:
         from importlib import import_module
 
         return import_module(f"{self.folder}.task")
+
+    @property
+    def source(self) -> Any:
+        """The example's module that loads its data."""
+        from importlib import import_module
+
+        return self.module if self.name == "digits" else import_module(f"{self.folder}.data")
 
     @cache  # noqa: B019  # a task lives as long as its run
     def model(self, r: int) -> Any:
@@ -138,15 +144,15 @@ class Task:
     @cache  # noqa: B019
     def data(self, client: int) -> tuple[Any, ...]:
         """Return a client's examples, as `train` takes them."""
-        found = self.module.load_partition(self.config(RANKS[0]), client)
+        found = self.source.load_partition(self.config(RANKS[0]), client)
         return found if isinstance(found, tuple) else (found,)
 
     @cache  # noqa: B019
     def test(self) -> tuple[Any, ...]:
         """Return the test set, as `evaluate` takes it."""
         if self.name == "digits":
-            return tuple(self.module.load_split()[2:])
-        return (self.module.load_split(self.config(RANKS[0]))[1], self.config(RANKS[0]))
+            return tuple(self.source.load_split()[2:])
+        return (self.source.load_split(self.config(RANKS[0]))[1], self.config(RANKS[0]))
 
 
 def run(task: Task, make: Callable[..., FedAvg], ranks: Sequence[int], num_rounds: int, *, frozen: bool) -> Row:

@@ -29,6 +29,7 @@ from fedkit.config import parse
 from fedkit.strategies import ErrorFeedback
 
 APP = Path(__file__).parents[1] / "examples" / "text_lora"
+PLAIN = {"active-rank": 8, "orth-reg-weight": 0.0}  # LoRA, not RM-LoRA
 SETTINGS = {"learning-rate": 1.5e-3, "local-steps": 8, "text-column": "text_a"}
 FEDAVG, MARGIN = "FedAvg", 0.005
 COLUMNS = {
@@ -59,15 +60,16 @@ def federation(seed: int) -> Federation:
     """Return the example's task on SST-2, with a model that is loaded once."""
     sys.path.insert(0, str(APP))
     from text_lora import task
+    from text_lora.data import load_partition, load_split
     from text_lora.model import build_model
 
     from fedkit.clients.adapters import get_adapter, set_adapter
 
     defaults = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     data = str(Path(os.environ["FEDKIT_DATA_DIR"]).resolve() / "text" / "sst2")
-    config = parse(task.Config, defaults | SETTINGS | {"data": data, "seed": seed})
-    model, (_, dev) = build_model(config), task.load_split(config)
-    parts = [task.load_partition(config, client) for client in range(config.num_clients)]
+    config = parse(task.Config, defaults | PLAIN | SETTINGS | {"data": data, "seed": seed})
+    model, (_, dev) = build_model(config), load_split(config)
+    parts = [load_partition(config, client) for client in range(config.num_clients)]
 
     def train(params: NamedArrays, client: int, server_round: int) -> Reply:
         set_adapter(model, params)

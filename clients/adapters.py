@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from fedkit.adapter import CONFIG_NAME, Adapter
 from fedkit.arrays import NamedArrays, check_same_schema
 from fedkit.submodels import is_factor
+
+from .broken_torchvision import naming_torchvision
+
+with naming_torchvision():
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 
 def get_adapter(model: PeftModel) -> dict[str, NDArray[np.float32]]:

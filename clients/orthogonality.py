@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fedkit.errors import ConfigError
+
+from .broken_torchvision import naming_torchvision
+
+with naming_torchvision():
+    from peft.tuners.lora import LoraLayer
 
 Penalty: TypeAlias = Literal["norm", "cosine"]
 """How A and B are measured, the mean over all of them.

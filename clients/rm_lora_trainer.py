@@ -19,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
 
 from fedkit.row_masks import RowDraw
 
+from .broken_torchvision import naming_torchvision
 from .orthogonality import effective_rank
 from .rm_lora import RMLoraConfig
+
+with naming_torchvision():
+    from transformers import Trainer, TrainerCallback
 
 if TYPE_CHECKING:
     _Base = Trainer

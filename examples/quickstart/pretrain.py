@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from quickstart.task import ASSET, build_backbone, evaluate, to_pixel_values
+from quickstart.task import evaluate, to_pixel_values
 from safetensors.torch import save_file
 from transformers import ViTForImageClassification
 
 import fedkit.assets
+from fedkit.clients.small_vit import ASSET, build_small_vit
 
 
 def read_images(path: Path) -> NDArray[np.float32]:
@@ -89,7 +90,7 @@ def main() -> None:
     data = args.data or Path(os.environ["FEDKIT_DATA_DIR"], "fashion-mnist")
 
     torch.manual_seed(args.seed)
-    model = build_backbone(num_labels=40)
+    model = build_small_vit(num_labels=40)
     train(
         model,
         read_images(data / "train-images-idx3-ubyte.gz"),

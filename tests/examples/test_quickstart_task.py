@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from fedkit import assets
 from fedkit.assets import asset_path
+from fedkit.clients.small_vit import ASSET
 from fedkit.config import parse
 from fedkit.errors import FedkitError
 from tests.helpers.grid import InProcessGrid
@@ -111,14 +112,14 @@ def test_a_server_without_torch_ends_with_the_same_adapter_and_accuracy(
     assert asked[0]["uplink-bytes"] > 50_000, "a client was asked for its adapter"
 
 
-def test_weights_have_their_published_digest(task) -> None:
-    path = asset_path(task.ASSET)
+def test_weights_have_their_published_digest() -> None:
+    path = asset_path(ASSET)
     assert path.stat().st_size <= 2_000_000
 
 
-def test_other_bytes_and_unknown_assets_are_refused(task, monkeypatch) -> None:
-    monkeypatch.setitem(assets.SHA256, task.ASSET, "0" * 64)
+def test_other_bytes_and_unknown_assets_are_refused(monkeypatch) -> None:
+    monkeypatch.setitem(assets.SHA256, ASSET, "0" * 64)
     with pytest.raises(FedkitError, match="SHA-256"):
-        asset_path(task.ASSET)
+        asset_path(ASSET)
     with pytest.raises(FedkitError, match="unknown asset"):
         asset_path("other.safetensors")

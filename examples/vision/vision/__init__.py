@@ -1,0 +1,1 @@
+"""Image classification: a vision transformer, on images that torchvision reads and augments."""

@@ -1,0 +1,44 @@
+"""One client: receive the adapter, train it on the own images, reply."""
+
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod
+from fedkit.config import parse
+from fedkit.message import from_arrays, rows_of, to_arrays
+from vision import task
+
+# Each mod acts on the messages of its own strategy.
+app = ClientApp(mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Return the adapter after `local-steps` steps on this client's images."""
+    # Here rather than above: importing torch takes seconds, which a refused message should not cost.
+    import torch
+
+    from fedkit.clients.adapters import get_adapter, set_adapter
+    from vision.data import load_partition
+    from vision.model import build_model
+
+    torch.set_num_threads(1)  # the clients of a simulation share the cores
+    config = parse(task.Config, context.run_config)
+    partition_id = context.node_config["partition-id"]
+    server_round = message.content.config_records["config"]["server-round"]
+
+    images = load_partition(config, partition_id)
+    model = build_model(config)
+    set_adapter(model, to_arrays(message.content.array_records["arrays"]))
+    seed = task.local_seed(config, server_round, partition_id)
+    metrics = task.train(model, images, config, seed=seed, draw=rows_of(message))
+
+    return Message(
+        RecordDict(
+            {
+                "arrays": from_arrays(get_adapter(model)),
+                "metrics": MetricRecord({"num-examples": len(images), **metrics}),
+            }
+        ),
+        reply_to=message,
+    )
