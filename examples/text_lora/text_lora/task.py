@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
 
+    from fedkit.clients.profiles import Profile
+
 NUM_DEV = 400
 """How many sentences of the manuals are for the test; a data folder says so itself."""
 BATCH = 64
@@ -143,7 +145,9 @@ def encode(rows: Dataset, batches: list[NDArray[np.int64]], config: Config) -> I
         yield {**tokens, "labels": torch.tensor(chosen[config.label_column])}
 
 
-def train(model: PeftModel, rows: Dataset, config: Config, *, seed: int) -> dict[str, float]:
+def train(
+    model: PeftModel, rows: Dataset, config: Config, *, seed: int, profile: Profile | None = None
+) -> dict[str, float]:
     """Train the adapter of `model` in place, `local-steps` steps on random rows; return the metrics."""
     from fedkit.clients.rm_lora import RMLoraConfig, train_rm_lora
 
@@ -156,7 +160,12 @@ def train(model: PeftModel, rows: Dataset, config: Config, *, seed: int) -> dict
         target_modules=tuple(config.target_modules.split()),
     )
     return train_rm_lora(
-        model, encode(rows, batches, config), plain_lora, learning_rate=config.learning_rate, seed=seed
+        model,
+        encode(rows, batches, config),
+        plain_lora,
+        learning_rate=config.learning_rate,
+        seed=seed,
+        profile=profile,
     )
 
 
