@@ -36,8 +36,7 @@ def train(message: Message, context: Context) -> Message:
     model = profile.prepare(task.build_model(config))
     set_adapter(model, to_arrays(message.content.array_records["arrays"]))
     seed = task.local_seed(config, server_round, partition_id)
-    chosen = rows_of(message)
-    metrics = task.train(model, images, labels, config, seed=seed, rows=chosen, profile=profile)
+    metrics = task.train(model, images, labels, config, seed=seed, rows=rows_of(message), profile=profile)
 
     return Message(
         RecordDict(
