@@ -35,6 +35,7 @@ from fedkit.row_masks import ROWS_SEED, RowDraw
 from fedkit.state import ClientState, State
 from fedkit.submodels import take
 
+from .profiles import described
 from .shares import check_rested, completed, keep, shared
 
 
@@ -107,8 +108,10 @@ class UpdateMod(ABC):
             where = ClientState(context, instructions.experiment)
             state = where.load()
             if instructions.introduce:
-                who = Report(client_id(context), GENESIS, True, held_version(state), submodel_of(context))
-                return _introduction(message, who)
+                known = described(context) | submodel_of(context, {})
+                return _introduction(
+                    message, Report(client_id(context), GENESIS, True, held_version(state), known)
+                )
             parcel = read_parcel(message.content)
             sent = receive(parcel, state)
             lora = str(instructions.options.get(LORA, ""))
@@ -125,7 +128,7 @@ class UpdateMod(ABC):
                 coded = Coded(None)
                 if message.metadata.message_type == MessageType.TRAIN:
                     coded = self._code_reply(reply.content, given, job)
-                options = {**coded.options, **submodel_of(context)}
+                options = {**coded.options, **submodel_of(context, instructions.options)}
                 if job.rows is not None:
                     options[ROWS_SEED] = job.rows.seed
                 report = Report(job.client_id, coded.base, coded.frame is None, job.version, options)

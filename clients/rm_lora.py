@@ -49,6 +49,7 @@ from fedkit.row_masks import RowDraw
 
 from .masked_step import Hold, MaskedStep, mask_gradients
 from .orthogonality import Orthogonality, Penalty, effective_rank, lora_pairs, orthogonality_penalty
+from .profiles import PROFILES, Profile
 
 __all__ = [
     "Hold",
@@ -123,7 +124,7 @@ def train_rm_lora(
     learning_rate: float,
     epochs: int = 1,
     seed: int,
-    device: str = "cpu",
+    profile: Profile | None = None,
     rows: RowDraw | None = None,
 ) -> dict[str, float]:
     """Train all trainable parameters of `model` in place with AdamW; return metrics of the training.
@@ -142,8 +143,9 @@ def train_rm_lora(
         Passes over `batches`.
     seed : int
         Decides masks, dropout and shuffling; the caller's random state is left alone.
-    device : str
-        Where to train; the model stays there.
+    profile : Profile, optional
+        Where to train, in which precision, how many examples at once, and how much memory that may take; the model
+        was prepared for it (`Profile.prepare`). Unset: in float32 on the CPU.
     rows : RowDraw, optional
         The components that the server wants trained (`fedkit.message.rows_of`): those alone, in every step,
         whatever `config` says of masks.
@@ -157,8 +159,11 @@ def train_rm_lora(
     ------
     ConfigError
         If there is no batch.
+    MemoryBudgetError
+        If the process holds more than the profile allows, before a step.
     """
-    model.to(device).train()
+    profile = profile or PROFILES["cpu"]
+    model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
@@ -168,10 +173,9 @@ def train_rm_lora(
         torch.manual_seed(seed)
         for _ in range(epochs):
             for batch in batches:
-                loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
-                losses.append(loss.detach())
+                profile.check_memory()
                 optimizer.zero_grad()
-                loss.backward()
+                losses.append(_backward(model, batch, profile))
                 if penalty:
                     penalty.add_gradient(config.orth_reg_weight)
                 if masked:
@@ -182,3 +186,14 @@ def train_rm_lora(
     if not losses:
         raise ConfigError("no batch to train on: is this client's data set empty, or epochs 0?")
     return {"train-loss": float(torch.stack(losses).mean()), "effective-rank": effective_rank(model)}
+
+
+def _backward(model: nn.Module, batch: Mapping[str, Tensor], profile: Profile) -> Tensor:
+    """Add the gradient of the mean loss over a batch, piece by piece; return that loss."""
+    losses = []
+    for share, piece in profile.pieces(batch):
+        with profile.autocast():
+            loss = model(**piece).loss * share
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()

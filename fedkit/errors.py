@@ -12,6 +12,7 @@
     ├── ReplyError                   one node's reply that cannot be used
     ├── QuorumError                  too few nodes, for too long
     ├── CrashError                   a crash of the server that a fault schedule wants
+    ├── MemoryBudgetError            a client that would take more memory than its device has for it
     ├── StateError                   what must be remembered cannot be written or read
     └── LaunchError                  a Flower process that did not start, or a run that failed
 """
@@ -22,6 +23,7 @@ __all__ = [
     "CrashError",
     "FedkitError",
     "LaunchError",
+    "MemoryBudgetError",
     "QuorumError",
     "ReplyError",
     "SchemaMismatchError",
@@ -70,6 +72,10 @@ class QuorumError(FedkitError):
 
 class CrashError(FedkitError):
     """A crash of the server that a fault schedule wants."""
+
+
+class MemoryBudgetError(FedkitError):
+    """A client that would take more memory than its device has for it."""
 
 
 class StateError(FedkitError):

@@ -42,6 +42,7 @@ CLIENT_ID: Final = "client-id"
 BASE: Final = "base"
 VERSION: Final = "version"
 SUBMODEL: Final = "submodel"  # of a node's config, and an option of its reports
+PROFILE: Final = "profile"  # of a node's config, and an option of its first report: what its device can carry
 LORA: Final = "lora"  # an option of instructions: what of LoRA factors stays on the client
 
 
@@ -212,9 +213,21 @@ def client_id(context: Context) -> str:
     return str(context.node_id)
 
 
-def submodel_of(context: Context) -> dict[str, Scalar]:
-    """Return what a report says of the part of the model that this client holds: what the node config names."""
-    return {SUBMODEL: str(context.node_config[SUBMODEL])} if SUBMODEL in context.node_config else {}
+def submodel_of(context: Context, told: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return what a report says of which part of the model this client holds: by its node config, or as told."""
+    name = context.node_config.get(SUBMODEL, told.get(SUBMODEL))
+    return {} if name is None else {SUBMODEL: str(name)}
+
+
+def run_config_of(message: Message, context: Context) -> dict[str, Scalar]:
+    """Return the run config, with the values that the message's config has for its keys.
+
+    They are those that the strategy decided for this node (`fedkit.strategies.Terms`), or for this round (the
+    ``train_config`` of Flower's `start`).
+    """
+    run_config = dict(context.run_config)
+    told = {key: value for record in records_of(message.content, ConfigRecord) for key, value in record.items()}
+    return {key: cast(Scalar, told.get(key, value)) for key, value in run_config.items()}
 
 
 def _write_options(config: ConfigRecord, options: Mapping[str, Scalar]) -> None:

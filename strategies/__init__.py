@@ -12,6 +12,7 @@ from .marina import Marina
 from .plain import Plain
 from .safari import Safari
 from .tac import Tac
+from .terms import Terms
 
 __all__ = [
     "STRATEGIES",
@@ -24,6 +25,7 @@ __all__ = [
     "RowMask",
     "Safari",
     "Tac",
+    "Terms",
     "UpdateStrategy",
     "build",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias, Unpack
@@ -21,7 +22,7 @@ from fedkit.config import Scalar
 from fedkit.errors import ConfigError, QuorumError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.limits import Limits
-from fedkit.message import LORA, STEP_SIZE, Instructions, write_instructions
+from fedkit.message import LORA, STEP_SIZE, SUBMODEL, Instructions, write_instructions
 from fedkit.parcel import write_parcel
 from fedkit.rounds import RoundGrid
 
@@ -75,14 +76,14 @@ class Asking(FedAvg):
         fedavg.setdefault("evaluate_metrics_aggr_fn", mean_metrics)
         super().__init__(**fedavg)
         self.parts, self.missing = parts, missing
-        self._check_composition(downlink)
+        self._check_composition(downlink, budget)
         step_at(step_size, 1)
         self.step_size = step_size
         self.codec, self.downlink, self.budget = codec, downlink, budget
         self.seed, self.node_timeout = seed, node_timeout
         self.limits, self._own_limits = limits or Limits(), limits is not None
         self.num_rounds, self._timeout = 1, 3600.0
-        self.ledger, self.registry = Ledger(), Registry()
+        self.ledger, self.registry = Ledger(), Registry(parts.name_of)
         self.progress = Progress(Path(checkpoint) if str(checkpoint) else None)
         self._params: NamedArrays = {}
 
@@ -103,11 +104,11 @@ class Asking(FedAvg):
         """Return how uploads of a round are coded, if the budget has nothing against it; here always the same."""
         return self.codec
 
-    def _check_composition(self, downlink: Downlink) -> None:
+    def _check_composition(self, downlink: Downlink, budget: Budget | None) -> None:
         """Raise ConfigError, with the reason, for options that do not compose."""
         name, lora = type(self).__name__, self.parts.lora
         wanted: list[str] = [lora] if lora != "factors" else []
-        wanted += ["submodels"] if self.parts.differ else []
+        wanted += ["submodels"] if self.parts.differ or (self.parts.named and not self.one_for_all) else []
         wanted += ["row_mask"] if self.parts.rows.mask else []
         wanted += ["missing"] if self.missing.by != "drop" else []
         for option in wanted:
@@ -123,6 +124,8 @@ class Asking(FedAvg):
             self.missing = self.missing.settled(lasting=False)
             if self.missing.remembers:
                 raise ConfigError(f"missing: {self.missing.by!r}: not with row_mask: {RESTS}")
+        if budget is not None and any(terms.quantizer for terms in self.parts.terms.values()):
+            raise ConfigError("submodels: a budget sets the rate of all nodes. Leave out the quantizers of terms.")
         for reason, holds in reasons.items():
             if holds and downlink.codec is not None:
                 raise ConfigError(f"downlink: {reason}. Set it to None.")
@@ -209,8 +212,8 @@ class Asking(FedAvg):
                 options = {**options, **self.parts.rows.options(node_id)}
             if size != 1:
                 options = {**options, STEP_SIZE: size}  # for the mod
-            own = ConfigRecord(dict(config))
-            write_instructions(own, self._instructions(server_round, node_id, codecs[node_id], options=options))
+            own, codec = ConfigRecord({**config, **self.parts.told(node_id).config}), codecs[node_id]
+            write_instructions(own, self._instructions(server_round, node_id, codec, options=options))
             content = RecordDict({self.configrecord_key: own})
             write_parcel(content, self.arrayrecord_key, own, parcel)
             messages.append(self._message(content, node_id, kind))
@@ -222,6 +225,8 @@ class Asking(FedAvg):
             known[name] = self.options(self._params, partial(self.parts.uploaded, node_id=node_id))
             if self.parts.lora in ("ffa", "fedsa"):
                 known[name] = {**known[name], LORA: self.parts.lora}
+            if name != WHOLE:
+                known[name] = {**known[name], SUBMODEL: name}
         return known[name]
 
     def _message(self, content: RecordDict, node_id: int, kind: str) -> Message:
@@ -236,7 +241,10 @@ class Asking(FedAvg):
     def _codecs(self, server_round: int, down: Mapping[int, int]) -> Mapping[int, Codec]:
         """Return how each node that is asked codes its upload; `down`: bytes that nodes are to be sent."""
         if self.budget is None:
-            return dict.fromkeys(down, self.coding(server_round))
+            codec, told = self.coding(server_round), self.parts.told
+            return {
+                node_id: replace(codec, quantizer=told(node_id).quantizer or codec.quantizer) for node_id in down
+            }
         return self.budget.codecs(
             self.coding(server_round),
             self.ledger,

@@ -48,8 +48,8 @@ class UpdateStrategy(Asking, Generic[S]):
     codec : Codec
         How clients code what they send.
     submodels : mapping of str to Cut, optional
-        The parts that nodes hold, are sent and send, by the name in their node config (``submodel="r4"``):
-        `fedkit.submodels`; without a `downlink` only.
+        The parts that nodes hold, by the name in their node config (``submodel="r4"``) or of their profile: see
+        `fedkit.submodels`; with bits and a run config of their own, `Terms`. Parts go without a `downlink` only.
     lora : {"factors", "ffa", "fedsa", "product", "product-update"}
         How LoRA factors are averaged: see `fedkit.strategies.parts.LoraMode`.
     missing : {"drop", "reweight", "mifa", "safari"} or Missing

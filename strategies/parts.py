@@ -1,7 +1,8 @@
 """Which part of the server's arrays each node holds, is sent, and sends back.
 
 The parts have names, which nodes know from their own config, key ``submodel``, and say in every report; what a
-name stands for, the server alone knows. A node that names none holds the whole.
+name stands for, the server alone knows (`Terms`). A node that names none has the name of its device's profile, if
+there is a part of that name, and else holds the whole.
 
 What LoRA clients share narrows the parts further (`LoraMode`): with "ffa" no upload holds a lora_A, with "fedsa"
 no message holds a lora_B (the array travels empty, for its number of rows). In each round a node may be asked for
@@ -21,11 +22,13 @@ from numpy.typing import NDArray
 from fedkit.aggregation.protocol import Cohort, Upload
 from fedkit.arrays import NamedArrays, flatten_mask, num_values, schema_digest
 from fedkit.errors import ConfigError, ReplyError
-from fedkit.message import SUBMODEL, Report
+from fedkit.message import PROFILE, SUBMODEL, Report
 from fedkit.row_masks import RowMask
 from fedkit.submodels import Cut, SubModel, check, embed, is_factor, owned, shapes, take, whole, within, without
 
-from .rows import Owned, Rows
+from .looked_up import Embedded, Owned
+from .rows import Rows
+from .terms import Terms
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,7 @@ class Parts:
     Parameters
     ----------
     submodels : mapping of str to Cut, optional
-        What cuts out the part of each name. None: every node holds the whole, whatever it says.
+        What cuts out the part of each name, or its terms. None: every node holds the whole, whatever it says.
     lora : LoraMode
         How LoRA factors are averaged.
     row_mask : RowMask, optional
@@ -77,8 +80,11 @@ class Parts:
             raise ConfigError(f"lora: expected one of {', '.join(get_args(LoraMode))}, got {lora!r}.")
         if submodels is not None and WHOLE in submodels:
             raise ConfigError("submodels: a sub-model needs a name; nodes that name none hold the whole.")
-        self.cuts: dict[str, Cut] = {WHOLE: whole, **(submodels or {})}
-        self.lora, self.differ = lora, bool(submodels)  # whether they hold different ones
+        cuts: Mapping[str, Cut] = {WHOLE: whole, **(submodels or {})}
+        self.terms = {name: cut if isinstance(cut, Terms) else Terms(cut=cut) for name, cut in cuts.items()}
+        self.named = bool(submodels)  # whether it matters which name a node has
+        self.differ = any(terms.cut is not whole for terms in self.terms.values())  # and which part it holds
+        self.lora = lora
         self.rows = Rows(row_mask)
         self.sent: dict[int, str] = {}  # the part that each node was sent last
         self._schema = b""
@@ -90,12 +96,21 @@ class Parts:
     @property
     def trivial(self) -> bool:
         """Whether every node is sent everything, and sends everything back."""
-        return not self.differ and self.lora not in ("ffa", "fedsa") and self.rows.mask is None
+        return not self.named and self.lora not in ("ffa", "fedsa") and self.rows.mask is None
 
     @property
     def by_client(self) -> bool:
         """Whether it matters, before a node is asked, which client it is."""
-        return self.differ or self.rows.by_client
+        return self.named or self.rows.by_client
+
+    def name_of(self, report: Report) -> str:
+        """Return the name of a node's part, by its report: of its config, or of its profile if there are terms."""
+        profile = str(report.options.get(PROFILE, WHOLE))
+        return str(report.options.get(SUBMODEL, profile if profile in self.terms else WHOLE))
+
+    def told(self, node_id: int) -> Terms:
+        """Return the terms of what a node was sent last."""
+        return self.terms[self.sent.get(node_id, WHOLE)]
 
     def prepare(self, params: NamedArrays) -> None:
         """Cut the parts of arrays with these names and shapes; raises ConfigError if one cannot be cut."""
@@ -103,8 +118,8 @@ class Parts:
             return
         self._like = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in params.items()}
         fixed = self._check_factors(params)
-        for name, cut in self.cuts.items():
-            down = cut(self._like)
+        for name, terms in self.terms.items():
+            down = terms.cut(self._like)
             check(down, like=self._like)
             self._up[name] = without(down, fixed)
             self._down[name] = _emptied(down, fixed) if self.lora == "fedsa" else down
@@ -113,15 +128,15 @@ class Parts:
 
     def unknown(self, node_id: int, said: Mapping[int, str]) -> bool:
         """Return whether a node must be asked which part it holds."""
-        return self.differ and said.get(node_id) not in self.cuts
+        return self.named and said.get(node_id) not in self.terms
 
     def names(self, node_ids: Iterable[int], said: Mapping[int, str]) -> list[int]:
         """Return the nodes of which `said` has the name of a part; log the others."""
-        if not self.differ:
+        if not self.named:
             return list(node_ids)
-        known, names = [], ", ".join(map(repr, self.cuts))
+        known, names = [], ", ".join(map(repr, self.terms))
         for node_id in node_ids:
-            if said.get(node_id) in self.cuts:
+            if said.get(node_id) in self.terms:
                 known.append(node_id)
             elif node_id in said:
                 logger.warning(
@@ -142,7 +157,7 @@ class Parts:
         if self.trivial:
             return dict.fromkeys(node_ids, params)
         self.prepare(params)
-        named = {node_id: said[node_id] if self.differ else WHOLE for node_id in node_ids}
+        named = {node_id: said[node_id] if self.named else WHOLE for node_id in node_ids}
         self.sent |= named
         if self.lora != "fedsa" and not self.differ:
             return dict.fromkeys(node_ids, params)
@@ -164,7 +179,7 @@ class Parts:
     def check(self, node_id: int, report: Report) -> None:
         """Raise ReplyError for a reply about another part than its node was sent, or other rows."""
         sent, said = self.sent.get(node_id, WHOLE), str(report.options.get(SUBMODEL, WHOLE))
-        if self.differ and sent != said:
+        if self.named and sent != said:
             raise ReplyError(f"it was sent sub-model {sent!r} and says that it holds {said!r}.")
         self.rows.check(node_id, report)
 
@@ -172,7 +187,7 @@ class Parts:
         """Return arrays with the names and shapes of an upload, whose report was checked."""
         if self.trivial:
             return sent
-        name = str(report.options.get(SUBMODEL, WHOLE)) if self.differ else WHOLE
+        name = str(report.options.get(SUBMODEL, WHOLE)) if self.named else WHOLE
         part, draw = shapes(self._up[name], like=self._like), self.rows.said(report)
         return part if draw is None else shapes(draw.submodel(part), like=part)
 
@@ -198,7 +213,7 @@ class Parts:
         What an upload owns is then what was sent of it.
         """
         if not self.trivial:
-            cohort = replace(cohort, sent=_Embedded(cohort, self._down, self._like))
+            cohort = replace(cohort, sent=Embedded(cohort, self._down, self._like))
         if self.rows.mask is None:
             return cohort
         keys = {self.rows.key(name, node_id) for node_id, name in cohort.submodels.items()}
@@ -223,23 +238,6 @@ class Parts:
                 "lora: with 'fedsa' every client's lora_B begins at zero, that of the arrays does not."
             )
         return names
-
-
-class _Embedded(Mapping[int, NamedArrays]):
-    """What nodes were sent, in the server's units."""
-
-    def __init__(self, cohort: Cohort, down: Mapping[str, SubModel], like: NamedArrays) -> None:
-        self._cohort, self._down, self._like = cohort, down, like
-
-    def __getitem__(self, node_id: int) -> NamedArrays:
-        sent = self._cohort.sent[node_id]
-        return embed(sent, self._down[self._cohort.submodels[node_id]], like=self._like)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._cohort.sent)
-
-    def __len__(self) -> int:
-        return len(self._cohort.sent)
 
 
 def _emptied(submodel: SubModel, names: Iterable[str]) -> SubModel:

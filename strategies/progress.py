@@ -130,7 +130,7 @@ def fingerprint(strategy: UpdateStrategy[Any], params: NamedArrays) -> dict[str,
         "codec": to_text(strategy.codec),
         "downlink": None if downlink is None else to_text(downlink),
         "seed": strategy.seed,
-        "parts": None if strategy.parts.trivial else [strategy.parts.lora, *strategy.parts.cuts],
+        "parts": None if strategy.parts.trivial else [strategy.parts.lora, *strategy.parts.terms],
         "rows": strategy.parts.rows.mask and repr(strategy.parts.rows.mask),
         "schema": schema_digest(params),
     }

