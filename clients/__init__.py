@@ -5,5 +5,6 @@ from .base import UpdateMod
 from .error_feedback import ErrorFeedbackMod
 from .safari import SafariMod
 from .tac import TacMod
+from .worker import WarmWorker
 
-__all__ = ["AquilaMod", "ErrorFeedbackMod", "SafariMod", "TacMod", "UpdateMod"]
+__all__ = ["AquilaMod", "ErrorFeedbackMod", "SafariMod", "TacMod", "UpdateMod", "WarmWorker"]
