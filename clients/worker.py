@@ -7,8 +7,8 @@ takes seconds, each time. With `WarmWorker`, outermost of the mods, that process
                             │   (one per message)  ◀─ reply, Context ──┘  (one per node, run and app)
                             └─ is watched by the worker, which ends when it has gone
 
-Flower's contract is as it was: the app receives each Message with its Context and returns a Message. What the app
-keeps, say with `functools.lru_cache`, is there for the next message, as it is in a simulation.
+Flower's contract is as it was: the app receives each Message with its Context and returns a Message. What it loads
+with `fedkit.clients.kept` is there for the next message, as are all of its modules, just as in a simulation.
 
 - The worker starts with the first message. It ends with its node, for another run or changed files of the app, and
   when it was idle for so many seconds as the node config's ``worker-idle`` says, or else the environment's

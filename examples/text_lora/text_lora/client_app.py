@@ -3,13 +3,13 @@
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod
+from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod, WarmWorker, kept
 from fedkit.config import parse
 from fedkit.message import from_arrays, to_arrays
 from text_lora import task
 
-# Each mod acts on the messages of its own strategy.
-app = ClientApp(mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])
+# In a deployment a worker keeps what is loaded; of the others, each acts on the messages of its own strategy.
+app = ClientApp(mods=[WarmWorker(__file__), AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])
 
 
 @app.train()
@@ -26,8 +26,8 @@ def train(message: Message, context: Context) -> Message:
     partition_id = context.node_config["partition-id"]
     server_round = message.content.config_records["config"]["server-round"]
 
-    rows = task.load_partition(config, partition_id)
-    model = build_model(config)
+    rows = kept(task.load_partition, config, partition_id)
+    model = kept(build_model, config)
     set_adapter(model, to_arrays(message.content.array_records["arrays"]))
     metrics = task.train(model, rows, config, seed=task.local_seed(config, server_round, partition_id))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkit.clients import kept
 from fedkit.clients.partition import partition
 from fedkit.config import RunConfig
 from fedkit.errors import ConfigError
@@ -129,7 +130,7 @@ def encode(rows: Dataset, batches: list[NDArray[np.int64]], config: Config) -> I
 
     from text_lora.model import load_tokenizer
 
-    tokenizer = load_tokenizer(config)
+    tokenizer = kept(load_tokenizer, config)
     for batch in batches:
         chosen: dict[str, Any] = rows[batch]
         tokens = tokenizer(
