@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedkit.calls import is_alive, pack, send
-from fedkit.clients import worker
+from fedkit.clients import kept, worker
 from fedkit.clients.worker import OURS, Worker, idle_seconds, key_of
 from fedkit.errors import ConfigError
 from fedkit.flower import deflate, superexec
@@ -259,6 +260,22 @@ def test_without_a_worker_the_app_runs_here(app, node, monkeypatch, tmp_path, se
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
     assert pid_of(app, context) == os.getpid()
     assert len(caplog.records) == (setting in ("open folder", "long path"))
+
+
+def test_what_is_kept_is_loaded_once_and_let_go_before_something_else_is():
+    loaded, alive = [], weakref.WeakSet()
+
+    class Model:
+        pass
+
+    def load(name, *, size=1):
+        loaded.append((name, size, len(alive)))
+        alive.add(model := Model())
+        return model
+
+    assert kept(load, "a") is kept(load, "a")
+    assert kept(load, "a", size=2) is kept(load, "a", size=2)
+    assert loaded == [("a", 1, 0), ("a", 2, 0)]
 
 
 def test_only_a_client_app_of_a_deployment_has_a_superexec(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.deployment import Deployment, node_name
+from benchmarks.deployment import CONNECTED, Deployment, node_name
 from benchmarks.processes import wait_until
 from fedkit.calls import is_alive
 
 APP = Path(__file__).parents[1] / "fixtures" / "warm_app"
-NODES, SLEEP = 2, {"do": "sleep", "seconds": 4.0}
+NAMES = [node_name(0), node_name(1)]
+ROUNDS, SLEEP = 5, {"do": "sleep", "seconds": 4.0}
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
@@ -33,48 +35,44 @@ def pids(row: dict[str, Any]) -> dict[str, int]:
 
 def test_one_worker_serves_each_node_and_a_death_costs_one_reply(tmp_path: Path) -> None:
     app = shutil.copytree(APP, tmp_path / "warm-app")
-    for number in (3, 5):  # time enough to kill somebody
+    for number in (3, 4):  # time enough to kill somebody
         (tmp_path / f"do-{number}.json").write_text(json.dumps(SLEEP))
-    (tmp_path / "do-7.json").write_text(json.dumps({"do": "raise"}))
-    with Deployment(tmp_path / "deployment", nodes=NODES) as deployment:
-        run = deployment.submit(app, {"num-clients": NODES, "num-rounds": 8, "run-dir": str(tmp_path)})
+    with Deployment(tmp_path / "deployment", nodes=len(NAMES)) as deployment:
+        one, other = (re.findall(rf"{CONNECTED}(\d+)", deployment.text(name))[0] for name in NAMES)
+        run = deployment.submit(app, {"num-clients": len(NAMES), "num-rounds": ROUNDS, "run-dir": str(tmp_path)})
 
-        def reached(number: int) -> bool:
-            assert run.poll() is None or len(rounds(tmp_path)) == 8, deployment.text("run")
-            return len(rounds(tmp_path)) >= number
+        def wait_for_round(number: int) -> None:
+            wait_until(lambda: len(rounds(tmp_path)) >= number or run.poll() is not None, f"no round {number}")
+            assert len(rounds(tmp_path)) >= number, deployment.text("run")
 
-        def sleeps(name: str) -> bool:
-            return deployment.count("error of call", name) > before[name]
+        def wait_for_calls() -> None:
+            """Wait until both nodes serve the next round."""
+            calls = {name: deployment.count("error of call", name) for name in NAMES}
+            wait_until(
+                lambda: all(deployment.count("error of call", name) > calls[name] for name in NAMES), "idle"
+            )
 
-        wait_until(lambda: reached(2), "no two rounds")
-        first, second = map(pids, rounds(tmp_path))
+        wait_for_round(2)
+        wait_for_calls()
+        first, second = map(pids, rounds(tmp_path)[:2])
         assert first == second
-        assert len(set(first.values())) == NODES
-        before = {node_name(i): deployment.count("error of call", node_name(i)) for i in range(NODES)}
-        wait_until(lambda: all(map(sleeps, before)), "no call of round 3")
-        os.kill(victim := first[min(first)], signal.SIGKILL)
-        wait_until(lambda: reached(4), "no round after the worker's death")
-        third, fourth = rounds(tmp_path)[2:4]
-        assert "was it killed" in third[min(first)]
-        assert pids(third) == {node: pid for node, pid in first.items() if pid != victim}
-        assert len(pids(fourth)) == NODES
-        assert victim not in pids(fourth).values()
-
-        before = {node_name(i): deployment.count("error of call", node_name(i)) for i in range(NODES)}
-        wait_until(lambda: all(map(sleeps, before)), "no call of round 5")
-        assert deployment.kill(node_name(0), "flwr-clientapp") == 1
-        wait_until(lambda: reached(6), "no round after the ClientApp's death")
-        fifth, sixth = rounds(tmp_path)[4:6]
-        assert len(pids(fifth)) == NODES - 1
-        assert len(pids(sixth)) == NODES
-        assert len(set(pids(sixth).values()) - set(pids(fourth).values())) == 1, "its work was given up"
-
-        wait_until(lambda: reached(8), "no last round")
-        seventh, eighth = rounds(tmp_path)[6:]
-        assert [text for text in seventh.values() if "as it was told" in str(text)]
-        assert pids(eighth) == pids(sixth)
+        assert len(set(first.values())) == len(NAMES)
+        os.kill(first[one], signal.SIGKILL)
+        wait_for_round(3)
+        wait_for_calls()
+        assert deployment.kill(NAMES[1], "flwr-clientapp") == 1
+        wait_for_round(5)
         run.wait()
 
-        for i in range(NODES):
-            deployment.kill(node_name(i))
-        wait_until(lambda: not any(map(is_alive, pids(eighth).values())), "a worker outlived its node")
+        third, fourth, fifth = rounds(tmp_path)[2:]
+        assert "was it killed" in third[one]
+        assert pids(third) == {other: first[other]}
+        assert set(pids(fourth)) == {one}
+        assert pids(fourth)[one] != first[one]
+        assert set(pids(fifth)) == {one, other}
+        assert pids(fifth)[one] == pids(fourth)[one]
+        assert pids(fifth)[other] != first[other], "its worker had been at the message of the ClientApp that died"
+
+        for name in NAMES:
+            deployment.kill(name)
+        wait_until(lambda: not any(map(is_alive, pids(fifth).values())), "a worker outlived its node")
