@@ -15,10 +15,6 @@ def kept(load: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Return ``load(*args, **kwargs)``, or what that returned the last time, if the arguments are equal.
 
     What is changed in it stays changed: write the received arrays into a kept model before you use it.
-
-    >>> names = kept(list, "ab")
-    >>> kept(list, "ab") is names, kept(list, "cd")
-    (True, ['c', 'd'])
     """
     arguments = args, kwargs
     if load not in _kept or _kept[load][0] != arguments:

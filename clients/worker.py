@@ -127,12 +127,13 @@ class Worker:
             self.path.chmod(0o600)
             listener.listen()
             what = [self.path, self.key, self.root, self.node, self.seconds, listener.fileno()]
-            subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "fedkit.clients.worker_process", *map(str, what)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[listener.fileno()],
                 start_new_session=True,  # what ends the ClientApp shall not end the worker
             )
+        logger.info("A worker starts, process %d: it keeps what the app loads for later messages.", process.pid)
         if connection := _connect(self.path):
             return connection
         raise StateError("it ended at once")

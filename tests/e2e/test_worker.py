@@ -18,7 +18,7 @@ from fedkit.calls import is_alive
 
 APP = Path(__file__).parents[1] / "fixtures" / "warm_app"
 NAMES = [node_name(0), node_name(1)]
-ROUNDS, SLEEP = 5, {"do": "sleep", "seconds": 4.0}
+ROUNDS, SLEEP = 4, {"do": "sleep", "seconds": 4.0}
 
 pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
@@ -33,10 +33,9 @@ def pids(row: dict[str, Any]) -> dict[str, int]:
     return {node: report["pid"] for node, report in row.items() if isinstance(report, dict)}
 
 
-def test_one_worker_serves_each_node_and_a_death_costs_one_reply(tmp_path: Path) -> None:
+def test_each_node_has_a_worker_whose_death_or_its_client_apps_costs_one_reply(tmp_path: Path) -> None:
     app = shutil.copytree(APP, tmp_path / "warm-app")
-    for number in (3, 4):  # time enough to kill somebody
-        (tmp_path / f"do-{number}.json").write_text(json.dumps(SLEEP))
+    (tmp_path / "do-3.json").write_text(json.dumps(SLEEP))  # time enough to kill somebody
     with Deployment(tmp_path / "deployment", nodes=len(NAMES)) as deployment:
         one, other = (re.findall(rf"{CONNECTED}(\d+)", deployment.text(name))[0] for name in NAMES)
         run = deployment.submit(app, {"num-clients": len(NAMES), "num-rounds": ROUNDS, "run-dir": str(tmp_path)})
@@ -58,21 +57,16 @@ def test_one_worker_serves_each_node_and_a_death_costs_one_reply(tmp_path: Path)
         assert first == second
         assert len(set(first.values())) == len(NAMES)
         os.kill(first[one], signal.SIGKILL)
-        wait_for_round(3)
-        wait_for_calls()
         assert deployment.kill(NAMES[1], "flwr-clientapp") == 1
-        wait_for_round(5)
+        wait_until(lambda: not any(map(is_alive, first.values())), "a worker went on for a ClientApp that died")
+        wait_for_round(ROUNDS)
         run.wait()
 
-        third, fourth, fifth = rounds(tmp_path)[2:]
+        third, fourth = rounds(tmp_path)[2:]
         assert "was it killed" in third[one]
-        assert pids(third) == {other: first[other]}
-        assert set(pids(fourth)) == {one}
-        assert pids(fourth)[one] != first[one]
-        assert set(pids(fifth)) == {one, other}
-        assert pids(fifth)[one] == pids(fourth)[one]
-        assert pids(fifth)[other] != first[other], "its worker had been at the message of the ClientApp that died"
+        assert other not in third
+        assert set(pids(fourth)) == {one, other}
 
         for name in NAMES:
             deployment.kill(name)
-        wait_until(lambda: not any(map(is_alive, pids(fifth).values())), "a worker outlived its node")
+        wait_until(lambda: not any(map(is_alive, pids(fourth).values())), "a worker outlived its node")
