@@ -3,7 +3,9 @@
 from .aquila import AquilaMod
 from .base import UpdateMod
 from .error_feedback import ErrorFeedbackMod
+from .kept import kept
 from .safari import SafariMod
 from .tac import TacMod
+from .worker import WarmWorker
 
-__all__ = ["AquilaMod", "ErrorFeedbackMod", "SafariMod", "TacMod", "UpdateMod"]
+__all__ = ["AquilaMod", "ErrorFeedbackMod", "SafariMod", "TacMod", "UpdateMod", "WarmWorker", "kept"]

@@ -6,6 +6,8 @@ Tried with flwr 1.39.0 (SuperNodes speak gRPC) and 1.41.0 (HTTP).
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.common.serde import context_from_proto, context_to_proto  # noqa: TID251
+from flwr.proto.message_pb2 import Context as ContextProto
 from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import (  # noqa: TID251
     get_all_nested_objects,
@@ -29,12 +33,16 @@ __all__ = [
     "GridWrapper",
     "Mod",
     "Tls",
+    "context_from_bytes",
+    "context_to_bytes",
     "deflate",
     "inflate",
     "is_unavailable",
     "object_bytes",
     "object_sizes",
+    "raised",
     "refusal",
+    "superexec",
     "superlink_arguments",
     "task_identity",
     "unavailable",
@@ -43,7 +51,8 @@ __all__ = [
 FLEET_IS_GRPC: Final = [int(part) for part in version("flwr").split(".")[:2]] < [1, 40]
 """Whether SuperNodes speak gRPC, at a port of the SuperLink's own for it; if not, HTTP at its only port."""
 
-_UNAVAILABLE: Final = range(3, 6)  # of flwr's private ErrorCode: message, reply or node unavailable
+_RAISED: Final = 2  # of flwr's private ErrorCode, as the next two
+_UNAVAILABLE: Final = range(3, 6)  # message, reply or node unavailable
 _MOD_FAILED_PRECONDITION: Final = 6
 
 
@@ -68,12 +77,36 @@ def deflate(message: Message) -> tuple[str, dict[str, bytes]]:
         return message.object_id, objects
 
 
-def inflate(object_id: str, objects: dict[str, bytes]) -> Message:
-    """Return the message that `deflate` took apart."""
+def inflate(object_id: str, objects: dict[str, bytes], *, message_id: str = "") -> Message:
+    """Return the message that `deflate` took apart; its id is no part of its objects."""
     message = inflate_object_from_contents(object_id, dict(objects))
     if not isinstance(message, Message):
         raise TypeError(f"expected a Message, got {type(message).__name__}.")
+    message.metadata.__dict__["_message_id"] = message_id  # as Flower does
     return message
+
+
+def context_to_bytes(context: Context) -> bytes:
+    """Return a Context as Flower sends it to a ClientApp and back."""
+    data: bytes = context_to_proto(context).SerializeToString()
+    return data
+
+
+def context_from_bytes(data: bytes) -> Context:
+    """Return the Context that `context_to_bytes` was given."""
+    return context_from_proto(ContextProto.FromString(data))
+
+
+def superexec() -> int | None:
+    """Return the process that starts a ClientApp of this node for each message, if this is such a ClientApp.
+
+    None elsewhere, in a simulation above all, whose processes serve many messages; and where Flower installs the
+    app's packages for each message and removes them after it.
+    """
+    installed = any("runtime-envs" in Path(entry).parts for entry in sys.path)
+    if Path(sys.argv[0]).name != "flwr-clientapp" or installed:
+        return None
+    return os.getppid() or None  # 0: it lies beyond this container, which ends with the message
 
 
 def object_sizes(message: Message) -> list[int]:
@@ -89,6 +122,11 @@ def object_bytes(message: Message) -> int:
 def refusal(reason: str, *, reply_to: Message) -> Message:
     """Return the error reply of a mod that cannot go on."""
     return Message(Error(_MOD_FAILED_PRECONDITION, reason), reply_to=reply_to)
+
+
+def raised(error: Exception, *, reply_to: Message) -> Message:
+    """Return the error reply that Flower makes of an exception in a ClientApp."""
+    return Message(Error(_RAISED, f"{type(error)}:<'{error}'>"), reply_to=reply_to)
 
 
 def is_unavailable(reply: Message) -> bool:

@@ -30,8 +30,9 @@ from fedkit.errors import ConfigError
 from fedkit.message import to_arrays
 from fedkit.skipping import SkipRule
 
-from .asking import ROWS_MOVE, Part
+from .asking import Part
 from .base import UpdateStrategy
+from .composition import ROWS_MOVE
 
 LAZY: Final = (
     "the step is along all that clients ever sent, and one that is missing counts like one that is silent on "

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeAlias, Unpack
+from typing import Any, ClassVar, TypeAlias, Unpack
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -19,7 +19,7 @@ from fedkit.aggregation.protocol import StepSize, step_at
 from fedkit.arrays import NamedArrays
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
-from fedkit.errors import ConfigError, QuorumError, ReplyError
+from fedkit.errors import QuorumError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.limits import Limits
 from fedkit.message import LORA, STEP_SIZE, SUBMODEL, Instructions, write_instructions
@@ -27,6 +27,7 @@ from fedkit.parcel import write_parcel
 from fedkit.rounds import RoundGrid
 
 from .budget import Budget
+from .composition import REMEMBERS, composed
 from .contents import mean_metrics
 from .downlink import Downlink
 from .options import FedAvgOptions
@@ -39,15 +40,6 @@ logger = logging.getLogger(__name__)
 
 Part: TypeAlias = Callable[[NamedArrays], NamedArrays]
 """What a node sends updates of, in its own units."""
-
-REMEMBERS: Final = "what it remembers of former rounds is in the terms of factors that the next SVD replaces."
-ROWS_MOVE: Final = (
-    "it steps along all that clients ever sent, so rows that rest would move by what they sent rounds ago. "
-    "Use Plain or ErrorFeedback."
-)
-
-
-RESTS: Final = "what a client sent last is of rows that rest now. Use missing='safari', with `own` unset."
 
 
 class Asking(FedAvg):
@@ -75,8 +67,8 @@ class Asking(FedAvg):
         fedavg.setdefault("train_metrics_aggr_fn", mean_metrics)
         fedavg.setdefault("evaluate_metrics_aggr_fn", mean_metrics)
         super().__init__(**fedavg)
-        self.parts, self.missing = parts, missing
-        self._check_composition(downlink, budget)
+        self.parts = parts
+        self.missing = composed(self, missing, downlink, budget)
         step_at(step_size, 1)
         self.step_size = step_size
         self.codec, self.downlink, self.budget = codec, downlink, budget
@@ -103,32 +95,6 @@ class Asking(FedAvg):
     def coding(self, server_round: int) -> Codec:
         """Return how uploads of a round are coded, if the budget has nothing against it; here always the same."""
         return self.codec
-
-    def _check_composition(self, downlink: Downlink, budget: Budget | None) -> None:
-        """Raise ConfigError, with the reason, for options that do not compose."""
-        name, lora = type(self).__name__, self.parts.lora
-        wanted: list[str] = [lora] if lora != "factors" else []
-        wanted += ["submodels"] if self.parts.differ or (self.parts.named and not self.one_for_all) else []
-        wanted += ["row_mask"] if self.parts.rows.mask else []
-        wanted += ["missing"] if self.missing.by != "drop" else []
-        for option in wanted:
-            if option in self.refused:
-                raise ConfigError(f"{option}: not with {name}: {self.refused[option]}")
-        reasons = {
-            f"{name} sends each node other arrays": not self.one_for_all,
-            "nodes with sub-models are sent other arrays": self.parts.differ,
-            "with lora='fedsa' nodes are not sent all arrays": lora == "fedsa",
-            f"with lora={lora!r} all factors are new in every round, so a change is no smaller": lora in PRODUCTS,
-        }
-        if self.parts.rows.mask:
-            self.missing = self.missing.settled(lasting=False)
-            if self.missing.remembers:
-                raise ConfigError(f"missing: {self.missing.by!r}: not with row_mask: {RESTS}")
-        if budget is not None and any(terms.quantizer for terms in self.parts.terms.values()):
-            raise ConfigError("submodels: a budget sets the rate of all nodes. Leave out the quantizers of terms.")
-        for reason, holds in reasons.items():
-            if holds and downlink.codec is not None:
-                raise ConfigError(f"downlink: {reason}. Set it to None.")
 
     def _adopt(self, grid: Grid, timeout: float) -> RoundGrid:
         grid = grid if isinstance(grid, RoundGrid) else RoundGrid(grid)

@@ -21,8 +21,9 @@ from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError
 
-from .asking import ROWS_MOVE, Part
+from .asking import Part
 from .base import UpdateStrategy
+from .composition import ROWS_MOVE
 
 ESTIMATE: Final = (
     "the estimate that it keeps holds what every client sent, and only its own difference moves that on."

@@ -29,7 +29,7 @@ LAYERS = [  # each may import from its own layer and from those below
     {"fedkit.rounds", "fedkit.faulty"},
     {"fedkit.booking"},
     {"fedkit.broadcast", "fedkit.memory", "fedkit.state", "fedkit.checkpoint", "fedkit.ledger"},
-    {"fedkit.message", "fedkit.parcel", "fedkit.skipping"},
+    {"fedkit.message", "fedkit.parcel", "fedkit.skipping", "fedkit.calls"},
     {"fedkit.flower", "fedkit.config", "fedkit.sockets", "fedkit.files"},
     {"fedkit.codec", "fedkit.aggregation", "fedkit.faults", "fedkit.limits", "fedkit.processes"},
     {"fedkit.row_masks", "fedkit.submodels"},

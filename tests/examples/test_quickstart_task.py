@@ -82,6 +82,20 @@ def test_one_local_training_lowers_the_loss_and_leaves_the_backbone(task, config
     assert all((model.get_parameter(name) == value).all() for name, value in frozen.items())
 
 
+def test_a_model_that_served_other_messages_trains_to_the_same_bits_as_a_fresh_one(task, config) -> None:
+    from fedkit.clients.adapters import get_adapter, set_adapter
+
+    images, labels = task.load_partition(config, 0)
+    fresh, used = task.build_model(config), task.build_model(config)
+    sent = get_adapter(fresh)
+    task.train(used, images, labels, config, seed=1)
+    task.evaluate(used, images, labels)
+    set_adapter(used, sent)
+    metrics = [task.train(model, images, labels, config, seed=0) for model in (fresh, used)]
+    assert metrics[0] == metrics[1]
+    assert all(np.array_equal(get_adapter(used)[name], array) for name, array in get_adapter(fresh).items())
+
+
 @pytest.mark.parametrize("strategy", ["aquila", "tac"])
 def test_a_server_without_torch_ends_with_the_same_adapter_and_accuracy(
     task, run_config, monkeypatch, tmp_path, strategy

@@ -270,6 +270,20 @@ def test_same_seed_trains_the_same_lowers_the_loss_and_leaves_the_encoder(app, c
     assert all(np.array_equal(a, get_adapter(again)[name]) for name, a in get_adapter(model).items())
 
 
+def test_a_model_that_served_other_messages_trains_to_the_same_bits_as_a_fresh_one(app, config, tmp_path):
+    from fedkit.clients.adapters import get_adapter, set_adapter
+
+    config = dataclasses.replace(config, data=folder_with(tmp_path))
+    rows, _ = app.task.load_split(config)
+    fresh, used = app.model.build_model(config), app.model.build_model(config)
+    sent = get_adapter(fresh)
+    app.task.train(used, rows, config, seed=1)
+    app.task.evaluate(used, rows, config)
+    set_adapter(used, sent)
+    assert app.task.train(fresh, rows, config, seed=0) == app.task.train(used, rows, config, seed=0)
+    assert all(np.array_equal(get_adapter(used)[name], array) for name, array in get_adapter(fresh).items())
+
+
 def test_local_seed_differs_between_rounds_and_clients(app, config):
     seeds = [app.task.local_seed(config, server_round, node) for server_round in range(20) for node in range(8)]
     assert len(set(seeds)) == len(seeds)

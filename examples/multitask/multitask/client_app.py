@@ -3,13 +3,14 @@
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkit.clients import TacMod
+from fedkit.clients import TacMod, WarmWorker, kept
 from fedkit.clients.tac import join_slots, split_slots
 from fedkit.config import parse
 from fedkit.message import from_arrays, to_arrays
 from multitask import task
 
-app = ClientApp(mods=[TacMod()])
+# In a deployment a worker keeps what is loaded.
+app = ClientApp(mods=[WarmWorker(__file__), TacMod()])
 
 
 @app.train()
@@ -25,9 +26,9 @@ def train(message: Message, context: Context) -> Message:
     partition_id = context.node_config["partition-id"]
     server_round = message.content.config_records["config"]["server-round"]
 
-    slots = task.load_slots(config, partition_id)
+    slots = kept(task.load_slots, config, partition_id)
     received = split_slots(to_arrays(message.content.array_records["arrays"]), len(slots))
-    model, trained, losses = task.build_model(config), [], []
+    model, trained, losses = kept(task.build_model, config), [], []
     for number, (slot, adapter) in enumerate(zip(slots, received, strict=True)):
         set_adapter(model, adapter)
         seed = task.local_seed(config, server_round, partition_id, number)

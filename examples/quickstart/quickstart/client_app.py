@@ -3,13 +3,13 @@
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod
+from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod, WarmWorker, kept
 from fedkit.config import parse
 from fedkit.message import from_arrays, rows_of, run_config_of, to_arrays
 from quickstart import task
 
-# Each mod acts on the messages of its own strategy.
-app = ClientApp(mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])
+# In a deployment a worker keeps what is loaded; of the others, each acts on the messages of its own strategy.
+app = ClientApp(mods=[WarmWorker(__file__), AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])
 
 
 @app.query()
@@ -32,8 +32,8 @@ def train(message: Message, context: Context) -> Message:
     partition_id = context.node_config["partition-id"]
     server_round = message.content.config_records["config"]["server-round"]
 
-    images, labels = task.load_partition(config, partition_id)
-    model = profile.prepare(task.build_model(config))
+    images, labels = kept(task.load_partition, config, partition_id)
+    model = kept(task.load_model, config, profile)
     set_adapter(model, to_arrays(message.content.array_records["arrays"]))
     seed = task.local_seed(config, server_round, partition_id)
     metrics = task.train(model, images, labels, config, seed=seed, rows=rows_of(message), profile=profile)
@@ -57,7 +57,7 @@ def evaluate(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)
     config = parse(task.Config, context.run_config)
     share = slice(context.node_config["partition-id"], None, config.num_clients)
-    metrics = task.evaluator(config, share)(to_arrays(message.content.array_records["arrays"]))
+    metrics = kept(task.evaluator, config, share)(to_arrays(message.content.array_records["arrays"]))
     num_examples = len(range(task.NUM_TEST)[share])
     return Message(
         RecordDict({"metrics": MetricRecord({"num-examples": num_examples, **metrics})}), reply_to=message

@@ -93,6 +93,11 @@ def build_model(config: Config) -> PeftModel:
         )
 
 
+def load_model(config: Config, profile: Profile) -> PeftModel:
+    """Return the model as a device with this profile trains it."""
+    return profile.prepare(build_model(config))
+
+
 def initial_adapter(config: Config) -> Adapter:
     """Return the adapter that training starts from, the same on every machine with the same seed."""
     from fedkit.clients.adapters import describe

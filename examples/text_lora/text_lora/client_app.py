@@ -3,13 +3,13 @@
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod
+from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod, TacMod, WarmWorker, kept
 from fedkit.config import parse
 from fedkit.message import from_arrays, rows_of, run_config_of, to_arrays
 from text_lora import task
 
-# Each mod acts on the messages of its own strategy.
-app = ClientApp(mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])
+# In a deployment a worker keeps what is loaded; of the others, each acts on the messages of its own strategy.
+app = ClientApp(mods=[WarmWorker(__file__), AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()])
 
 
 @app.train()
@@ -21,16 +21,15 @@ def train(message: Message, context: Context) -> Message:
     from fedkit.clients.adapters import get_adapter, set_adapter
     from fedkit.clients.profiles import Profile
     from text_lora.data import load_partition
-    from text_lora.model import build_model, model_bytes
+    from text_lora.model import load_model
 
     torch.set_num_threads(1)  # the clients of a simulation share the cores
     config, profile = parse(task.Config, run_config_of(message, context)), Profile.of(context)
     partition_id = context.node_config["partition-id"]
     server_round = message.content.config_records["config"]["server-round"]
 
-    rows = load_partition(config, partition_id)
-    profile.check_memory(model_bytes(config))
-    model = profile.prepare(build_model(config))
+    rows = kept(load_partition, config, partition_id)
+    model = kept(load_model, config, profile)
     set_adapter(model, to_arrays(message.content.array_records["arrays"]))
     seed = task.local_seed(config, server_round, partition_id)
     metrics = task.train(model, rows, config, seed=seed, profile=profile, draw=rows_of(message))

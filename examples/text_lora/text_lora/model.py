@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkit.clients.broken_torchvision import naming_torchvision
+from fedkit.clients.profiles import Profile
 from fedkit.clients.resident import weight_bytes
 from fedkit.errors import ConfigError
 from text_lora.task import Config
@@ -99,6 +100,12 @@ def build_model(config: Config) -> PeftModel:
             modules_to_save=fresh or None,
         )
         return get_peft_model(build_base(config), lora)
+
+
+def load_model(config: Config, profile: Profile) -> PeftModel:
+    """Return the model as a device with this profile trains it; raise MemoryBudgetError if it does not fit."""
+    profile.check_memory(model_bytes(config))
+    return profile.prepare(build_model(config))
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:

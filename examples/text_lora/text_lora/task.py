@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkit.clients import kept
 from fedkit.config import RunConfig
 from fedkit.errors import ConfigError
 
@@ -72,7 +73,7 @@ def encode(rows: Dataset, batches: list[NDArray[np.int64]], config: Config) -> I
 
     from text_lora.model import load_tokenizer
 
-    tokenizer = load_tokenizer(config)
+    tokenizer = kept(load_tokenizer, config)
     for batch in batches:
         chosen: dict[str, Any] = rows[batch]
         tokens = tokenizer(
@@ -101,7 +102,7 @@ def train(
 ) -> dict[str, float]:
     """Train the adapter of `model` in place with RM-LoRA, `local-steps` steps on random rows; return the metrics.
 
-    `profile` says what the device can carry, `draw` which rows of the factors the server wants trained, if it does.
+    `profile` says what the device can carry, `draw` which rows of the factors the server wants trained, if any.
     """
     from fedkit.clients.rm_lora import RMLoraConfig, train_rm_lora
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from fedkit.clients.broken_torchvision import naming_torchvision
+from fedkit.clients.profiles import Profile
+from fedkit.clients.resident import weight_bytes
 from fedkit.clients.small_vit import load_small_vit
 from vision.task import Config
 
@@ -61,3 +63,9 @@ def build_model(config: Config) -> PeftModel:
                 modules_to_save=["classifier"],
             ),
         )
+
+
+def load_model(config: Config, profile: Profile) -> PeftModel:
+    """Return the model as a device with this profile trains it; raise MemoryBudgetError if it does not fit."""
+    profile.check_memory(weight_bytes(config.model) if config.model else 0)
+    return profile.prepare(build_model(config))

@@ -17,6 +17,7 @@ from fedkit.errors import ConfigError
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from fedkit.clients.profiles import Profile
     from fedkit.row_masks import RowDraw
     from vision.data import Images
 
@@ -63,11 +64,17 @@ def local_seed(config: Config, server_round: int, partition_id: int) -> int:
 
 
 def train(
-    model: PeftModel, images: Images, config: Config, *, seed: int, draw: RowDraw | None = None
+    model: PeftModel,
+    images: Images,
+    config: Config,
+    *,
+    seed: int,
+    profile: Profile | None = None,
+    draw: RowDraw | None = None,
 ) -> dict[str, float]:
     """Train the adapter of `model` in place with RM-LoRA, `local-steps` batches; return the metrics.
 
-    `draw` says which rows of the factors the server wants trained, if it does.
+    `profile` says what the device can carry, `draw` which rows of the factors the server wants trained, if any.
     """
     from torch.utils.data import DataLoader, RandomSampler
 
@@ -88,6 +95,7 @@ def train(
         learning_rate=config.learning_rate,
         seed=seed,
         rows=draw,
+        profile=profile,
     )
 
 

@@ -1,0 +1,58 @@
+"""Which options of a strategy go together, and why others do not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from fedkit.aggregation.missing import Missing
+from fedkit.errors import ConfigError
+
+from .budget import Budget
+from .downlink import Downlink
+from .parts import PRODUCTS
+
+if TYPE_CHECKING:
+    from .asking import Asking
+
+REMEMBERS: Final = "what it remembers of former rounds is in the terms of factors that the next SVD replaces."
+RESTS: Final = "what a client sent last is of rows that rest now. Use missing='safari', with `own` unset."
+ROWS_MOVE: Final = (
+    "it steps along all that clients ever sent, so rows that rest would move by what they sent rounds ago. "
+    "Use Plain or ErrorFeedback."
+)
+
+
+def composed(strategy: Asking, missing: Missing, downlink: Downlink, budget: Budget | None) -> Missing:
+    """Return what clients count with that do not answer, as it goes with the other options of a strategy.
+
+    Raises
+    ------
+    ConfigError
+        With the reason, if two options do not go together.
+    """
+    name, parts = type(strategy).__name__, strategy.parts
+    wanted: list[str] = [parts.lora] if parts.lora != "factors" else []
+    wanted += ["submodels"] if parts.differ or (parts.named and not strategy.one_for_all) else []
+    wanted += ["row_mask"] if parts.rows.mask else []
+    wanted += ["missing"] if missing.by != "drop" else []
+    for option in wanted:
+        if option in strategy.refused:
+            raise ConfigError(f"{option}: not with {name}: {strategy.refused[option]}")
+    if parts.rows.mask:
+        missing = missing.settled(lasting=False)
+        if missing.remembers:
+            raise ConfigError(f"missing: {missing.by!r}: not with row_mask: {RESTS}")
+    if budget is not None and any(terms.quantizer for terms in parts.terms.values()):
+        raise ConfigError("submodels: a budget sets the rate of all nodes. Leave out the quantizers of terms.")
+    dense = {
+        f"{name} sends each node other arrays": not strategy.one_for_all,
+        "nodes with sub-models are sent other arrays": parts.differ,
+        "with lora='fedsa' nodes are not sent all arrays": parts.lora == "fedsa",
+        f"with lora={parts.lora!r} all factors are new in every round, so a change is no smaller": (
+            parts.lora in PRODUCTS
+        ),
+    }
+    for reason, holds in dense.items():
+        if holds and downlink.codec is not None:
+            raise ConfigError(f"downlink: {reason}. Set it to None.")
+    return missing
