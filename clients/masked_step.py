@@ -92,8 +92,8 @@ class MaskedStep:
         self._masks = self._drawn(generator) if self._fixed is None else self._fixed
         for group, mask in zip(self._groups, self._masks, strict=True):
             rows = [row for row, parameter in enumerate(group.parameters) if parameter.grad is not None]
-            if rows:
-                grads = [group.parameters[row].grad for row in rows]
+            grads = [parameter.grad for parameter in group.parameters if parameter.grad is not None]
+            if grads:
                 whole = _of(mask, rows).to(grads[0].dtype).expand(-1, *grads[0].shape).contiguous()
                 torch._foreach_mul_(grads, whole.unbind())
         if self._hold == "update":
@@ -122,7 +122,8 @@ class MaskedStep:
 
     def _drawn(self, generator: torch.Generator) -> list[Tensor]:
         """Return a new mask for each group: of each pair's random permutation, the places of the least numbers."""
-        draws, active = 1 if self._pairing == "paired" else 2, {}
+        draws = 1 if self._pairing == "paired" else 2
+        active: dict[int, Tensor] = {}
         for r, count in self._ranks.items():
             active[r] = torch.rand(draws, count, r, generator=generator).argsort(-1) < self._rank
         return [group.mask(active[group.r][group.axis % draws][group.places]) for group in self._groups]
@@ -162,7 +163,7 @@ def _groups(model: nn.Module) -> tuple[list[Group], dict[int, int]]:
 
 def _fixed(model: nn.Module, groups: list[Group], draw: RowDraw) -> list[Tensor]:
     """Return the mask of each group, by PEFT's names of the arrays, as the server has them."""
-    names = {}
+    names: dict[nn.Parameter, str] = {}
     for layer, a, b in lora_pairs(model):
         names |= {a: f"{layer}.lora_A.weight", b: f"{layer}.lora_B.weight"}
     masks = []

@@ -96,9 +96,8 @@ class Orthogonality:
             for parameter in trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            torch._foreach_add_(
-                [parameter.grad for parameter in trained], gradient.view(-1, *trained[0].shape).unbind()
-            )
+            grads = [parameter.grad for parameter in trained if parameter.grad is not None]
+            torch._foreach_add_(grads, gradient.view(-1, *trained[0].shape).unbind())
 
 
 def orthogonality_penalty(model: nn.Module, penalty: Penalty = "norm") -> Tensor:
