@@ -147,6 +147,15 @@ def test_a_model_of_ones_own_says_its_size_colours_mean_and_deviation(app, vit):
     torch.testing.assert_close(values[:, 0, 0], torch.tensor([0.9 / 0.4, 0.8 / 0.5, 0.7 / 0.6]))
 
 
+def test_a_model_that_says_nothing_of_mean_and_deviation_gets_values_from_minus_one_to_one(app, vit, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(Path(vit) / name)
+    form = app.model.input_format(config_of(app, model=str(tmp_path)))
+    assert (form.size, form.channels, form.mean, form.std) == (16, 3, (0.5,) * 3, (0.5,) * 3)
+    model = app.model.build_model(config_of(app, model=str(tmp_path)))
+    assert model.config.num_labels == 10, "it had 7"
+
+
 def test_an_image_folder_is_read_by_torchvision(app, vit, tmp_path):
     config = config_of(app, dataset="ImageFolder", data=image_folder(tmp_path), model=vit, num_clients=2)
     parts = [app.data.load_partition(config, client) for client in range(2)]
