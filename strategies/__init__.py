@@ -1,5 +1,6 @@
 """Flower strategies, the server's half of each scheme."""
 
+from fedkit.aggregation.missing import Missing
 from fedkit.limits import Limits
 from fedkit.row_masks import RowMask
 
@@ -21,6 +22,7 @@ __all__ = [
     "ErrorFeedback",
     "Limits",
     "Marina",
+    "Missing",
     "Plain",
     "RowMask",
     "Safari",

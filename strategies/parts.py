@@ -200,10 +200,9 @@ class Parts:
         """Yield uploads in the server's units, zero where their clients hold nothing."""
         for upload in uploads:
             if upload.arrays is not None and not self.trivial:
-                name, mask = self.rows.key(upload.submodel, upload.node_id), upload.mask
-                part, like = self._of(name), self._like
-                arrays, mask = embed(upload.arrays, part, like=like), mask and part.embed_mask(mask, like=like)
-                yield replace(upload, arrays=arrays, mask=mask, submodel=name)
+                name, like = self.rows.key(upload.submodel, upload.node_id), self._like
+                part, mask = self._of(name), upload.mask and self._of(name).embed_mask(upload.mask, like=like)
+                yield replace(upload, arrays=embed(upload.arrays, part, like=like), mask=mask, submodel=name)
             else:
                 yield upload
 

@@ -61,9 +61,9 @@ def test_the_small_form_from_end_to_end(tmp_path):
 
 @pytest.mark.slow
 def test_biased_losses_cost_little_on_the_digits():
-    """At 60 % sparsity: within 1.5 points of a perfect link, in at most twice the rounds, above dropping.
+    """At 60 % sparsity: within 1.5 points of a perfect link, in at most twice the rounds; and more than dropping.
 
-    Dropping itself does better here than where the bounds come from, so that 8 points above it are out of reach.
+    Dropping itself does better here than where the bounds come from: 8 points above it are out of reach.
     """
     for name, above in {"digits, 40 % dense": 1.0, "digits, 40 % dense, sparse models": 4.0}.items():
         task = safari.TASKS["digits"][name]
