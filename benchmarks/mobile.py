@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         be_a_node(profile, reads, *map(int, numbers))
         return
     bench = Bench("mobile", options)
-    rounds, steps = (4, 8) if bench.full else (1, 1)
+    rounds, steps = (3, 8) if bench.full else (1, 1)
     shared = {"rounds": rounds, "steps": steps, "code": sources_digest("clients", "examples/text_lora")}
     adapter = (bench.path.parent / "mobile-adapter.npz").resolve()
     arms = NODES if bench.full else {"mobile": NODES["mobile"]}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fedkit.errors import ConfigError
 
@@ -62,15 +63,10 @@ def cast_base(model: nn.Module, dtype: torch.dtype) -> None:
         layer.to(dtype)
 
 
-def checkpoint_activations(model: nn.Module) -> bool:
-    """Compute activations again in the backward pass instead of keeping them, where transformers' models can.
-
-    Returns
-    -------
-    bool
-        Whether any part of the model does.
-    """
-    parts = [part for part in model.modules() if getattr(part, "supports_gradient_checkpointing", False)]
-    for part in parts:
-        part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return bool(parts)
+def checkpoint_activations(model: nn.Module) -> None:
+    """Compute activations again in the backward pass instead of keeping them, where transformers' models can."""
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
+            # Renamed in transformers 5.23, where the old name warns.
+            enable = getattr(part, "activation_checkpointing_enable", None) or part.gradient_checkpointing_enable
+            enable({"use_reentrant": False})

@@ -31,7 +31,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from flwr.app import Context
 
@@ -80,7 +80,8 @@ class Profile:
         for key, field in SETTINGS.items():
             if key in config:
                 value = int(as_type(key, config[key], int))
-                profile = replace(profile, **{field: value * MB if key == "memory-mb" else value})
+                changed: dict[str, Any] = {field: value * MB if key == "memory-mb" else value}
+                profile = replace(profile, **changed)
         return profile
 
     def prepare(self, model: M) -> M:
