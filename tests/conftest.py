@@ -6,6 +6,8 @@ import pytest
 
 from fedkit.flower import task_identity
 
+collect_ignore = ["fixtures"]  # apps, and parts of such: Flower imports them
+
 logging.getLogger("flwr").setLevel(logging.WARNING)  # a hundred lines per round slow hypothesis down
 
 
