@@ -63,7 +63,7 @@ class Orthogonality:
     def __init__(self, model: nn.Module, penalty: Penalty = "norm") -> None:
         self._measure = _cosines if penalty == "cosine" else _norms
         self._derive = _by_cosines if penalty == "cosine" else _by_norms
-        self._groups: dict[tuple[object, ...], list[nn.Parameter]] = {}  # of A, and of B
+        self._groups: dict[tuple[object, ...], list[Tensor]] = {}  # of A, and of B
         for _, a, b in lora_pairs(model):
             self._groups.setdefault(("A", a.shape, a.dtype, a.device), []).append(a)
             self._groups.setdefault(("B", b.shape, b.dtype, b.device), []).append(b)

@@ -102,7 +102,7 @@ def test_names_of_clusters_do_not_depend_on_those_that_kmeans_gives(names, order
 def test_each_cluster_moves_to_the_mean_of_its_members():
     clusters = [adapter(0, 0), adapter(9, 9), adapter(-9, 9)]
     uploads = {"a": [adapter(9, 8), adapter(1, 0)], "b": [adapter(0, 1), adapter(-9, 8)], "c": [adapter(9, 11)]}
-    params, state, metrics = aggregate(ClusterMean(3), clusters, uploads)
+    params, state, metrics, _ = aggregate(ClusterMean(3), clusters, uploads)
     expected = [adapter(0.5, 0.5), adapter(9, 9.5), adapter(-9, 8)]
     for found, wanted in zip(split_clusters(params), expected, strict=True):
         np.testing.assert_allclose(found["w"], wanted["w"])
@@ -119,7 +119,7 @@ def test_weighted_clusters_count_examples():
 def test_an_empty_cluster_keeps_its_adapter_and_absent_clients_their_clusters():
     clusters = [adapter(0, 0), adapter(9, 9), adapter(-9, 9)]
     state = ClusterState(assignment={"a": (1,), "z": (2, 0)})
-    params, state, metrics = aggregate(ClusterMean(3), clusters, {"a": [adapter(9, 7)]}, state)
+    params, state, metrics, _ = aggregate(ClusterMean(3), clusters, {"a": [adapter(9, 7)]}, state)
     np.testing.assert_array_equal(params["cluster-0/w"], [0, 0])
     np.testing.assert_array_equal(params["cluster-1/w"], [9, 7])
     np.testing.assert_array_equal(params["cluster-2/w"], [-9, 9])
@@ -129,7 +129,7 @@ def test_an_empty_cluster_keeps_its_adapter_and_absent_clients_their_clusters():
 
 def test_a_round_without_adapters_changes_nothing():
     clusters, state = [adapter(1, 2)], ClusterState(assignment={"a": (0,)})
-    params, after, _ = aggregate(ClusterMean(1), clusters, {}, state)
+    params, after, *_ = aggregate(ClusterMean(1), clusters, {}, state)
     np.testing.assert_array_equal(params["cluster-0/w"], [1, 2])
     assert after == state
 

@@ -104,7 +104,7 @@ def test_more_rows_than_columns_are_filled_too():
 def test_a_gap_is_that_of_the_matrices():
     clients, params = [random_arrays(seed) for seed in range(3)], random_arrays(9)
     cohort, uploads = uploads_of(params, clients, [1.0, 2.0, 5.0])
-    new, _, metrics = Mean(gap=True)(params, cohort, uploads, None)
+    new, _, metrics, _ = Mean(gap=True)(params, cohort, uploads, None)
     true = sum(w * product(c) for w, c in zip((1, 2, 5), clients, strict=True)) / 8
     expected = np.linalg.norm(true - product(new)) / np.linalg.norm(true)
     assert metrics[LORA_GAP] == pytest.approx(expected, rel=1e-5)
@@ -125,7 +125,7 @@ def test_the_mean_of_products_is_exact_if_the_rank_suffices():
         client[A][4:], client[B][:, 4:] = 0, 0
     params = random_arrays(9, 16)
     cohort, uploads = uploads_of(params, clients, [1.0, 2.0, 5.0])
-    new, _, metrics = ProductMean()(params, cohort, uploads, None)
+    new, _, metrics, _ = ProductMean()(params, cohort, uploads, None)
     true = sum(w * product(c) for w, c in zip((1, 2, 5), clients, strict=True)) / 8
     np.testing.assert_allclose(product(new), true, atol=1e-5)
     assert metrics[LORA_GAP] < 1e-6
@@ -135,6 +135,6 @@ def test_the_mean_of_products_is_exact_if_the_rank_suffices():
 
 def test_without_uploads_nothing_moves():
     params = random_arrays(0)
-    new, _, metrics = ProductMean()(params, Cohort(1, {}), [], None)
+    new, _, metrics, _ = ProductMean()(params, Cohort(1, {}), [], None)
     assert all(new[name].tobytes() == params[name].tobytes() for name in params)
     assert metrics == {}
