@@ -103,7 +103,7 @@ def train(task: Task, arm: dict[str, Any], rate: float, seed: int, epochs: int, 
     model = task.model(config.r, seed)
     device = str(task.pool.inputs["labels"].device)
     batches = Shuffled(*parts["train"])
-    metrics = train_rm_lora(model, batches, config, learning_rate=rate, epochs=epochs, seed=seed, device=device)
+    metrics = train_rm_lora(model, batches, config, learning_rate=rate, epochs=epochs, seed=seed)
     size = sum(p.numel() for _, *pair in lora_pairs(model) for p in pair)
     row = {"loss": metrics["train-loss"], "rank": metrics["effective-rank"], "parameters": size}
     row |= {"trained": size * config.active_rank // config.r, "device": device_name(device)}

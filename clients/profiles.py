@@ -145,7 +145,7 @@ class Profile:
             yield share, {name: self._moved(value) for name, value in piece.items()}
 
     def _moved(self, value: Tensor) -> Tensor:
-        if self.device == "cpu":
+        if self.device == "cpu" or value.device.type != "cpu":
             return value.to(self.device)
         return value.pin_memory().to(self.device, non_blocking=True)
 

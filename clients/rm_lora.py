@@ -49,7 +49,7 @@ from fedkit.row_masks import RowDraw
 
 from .masked_step import Hold, MaskedStep, mask_gradients
 from .orthogonality import Orthogonality, Penalty, effective_rank, lora_pairs, orthogonality_penalty
-from .profiles import PROFILES, Profile
+from .profiles import Profile
 
 __all__ = [
     "Hold",
@@ -145,7 +145,7 @@ def train_rm_lora(
         Decides masks, dropout and shuffling; the caller's random state is left alone.
     profile : Profile, optional
         Where to train, in which precision, how many examples at once, and how much memory that may take; the model
-        was prepared for it (`Profile.prepare`). Unset: in float32 on the CPU.
+        was prepared for it (`Profile.prepare`). Unset: in float32, where the model is.
     rows : RowDraw, optional
         The components that the server wants trained (`fedkit.message.rows_of`): those alone, in every step,
         whatever `config` says of masks.
@@ -162,7 +162,7 @@ def train_rm_lora(
     MemoryBudgetError
         If the process holds more than the profile allows, before a step.
     """
-    profile = profile or PROFILES["cpu"]
+    profile = profile or Profile(device=str(next(model.parameters()).device))
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)

@@ -109,7 +109,7 @@ def test_a_gap_is_that_of_the_matrices():
     expected = np.linalg.norm(true - product(new)) / np.linalg.norm(true)
     assert metrics[LORA_GAP] == pytest.approx(expected, rel=1e-5)
     assert expected > 0.1
-    plain, _, none = Mean()(params, cohort, uploads, None)
+    plain, _, none, _ = Mean()(params, cohort, uploads, None)
     assert none == {}
     assert all(plain[name].tobytes() == new[name].tobytes() for name in plain)
 

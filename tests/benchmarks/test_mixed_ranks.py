@@ -25,7 +25,7 @@ def test_what_a_client_does_not_hold_counts_as_zero():
     ]
     cohort = Cohort(1, dict(enumerate(held)))
     uploads = [Upload(i, str(i), 1.0 + i, zeros_like(params), None, True, {}, 0, bytes(16)) for i in range(2)]
-    new, _, metrics = ZeroPadded()(params, cohort, uploads, None)
+    new, _, metrics, _ = ZeroPadded()(params, cohort, uploads, None)
     for name in params:
         np.testing.assert_allclose(new[name], (held[0][name] + 2 * held[1][name]) / 3, rtol=1e-6)
     assert metrics[LORA_GAP] > 0

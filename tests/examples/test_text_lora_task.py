@@ -274,7 +274,7 @@ def test_a_model_that_served_other_messages_trains_to_the_same_bits_as_a_fresh_o
     from fedkit.clients.adapters import get_adapter, set_adapter
 
     config = dataclasses.replace(config, data=folder_with(tmp_path))
-    rows, _ = app.task.load_split(config)
+    rows, _ = app.data.load_split(config)
     fresh, used = app.model.build_model(config), app.model.build_model(config)
     sent = get_adapter(fresh)
     app.task.train(used, rows, config, seed=1)
