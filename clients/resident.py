@@ -16,6 +16,7 @@ from fedkit.errors import MemoryBudgetError
 MB: Final = 1_000_000
 ONEDNN_CACHE: Final = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGE = -1, -3, 1 << 20  # of glibc's mallopt
+_PAGEOUT: Final = 21  # of Linux's madvise, from 5.4 on
 
 
 def resident_bytes() -> int:
@@ -65,6 +66,18 @@ def hold_less() -> None:
         libc.mallopt(_MMAP_THRESHOLD, _LARGE)
         libc.mallopt(_TRIM_THRESHOLD, _LARGE)
         libc.malloc_trim(0)
+
+
+def page_out(address: int, size: int) -> None:
+    """Let go of pages that were read from a file, as safetensors maps it; whoever needs them reads them again.
+
+    Where they are of another kind, or the system is not Linux, nothing happens.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    begin, end = -(-address // page) * page, (address + size) // page * page
+    with suppress(OSError, AttributeError):
+        if sys.platform == "linux" and begin < end:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _PAGEOUT)
 
 
 def weight_bytes(folder: str | Path) -> int:

@@ -177,7 +177,7 @@ def train_rm_lora(
                 optimizer.zero_grad()
                 losses.append(_backward(model, batch, profile))
                 if penalty:
-                    (config.orth_reg_weight * penalty()).backward()
+                    torch.autograd.backward(config.orth_reg_weight * penalty())
                 if masked:
                     masked.before(generator, optimizer)
                 optimizer.step()
