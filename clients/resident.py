@@ -44,8 +44,12 @@ def check_budget(budget: int | None, needed: int = 0) -> None:
     MemoryBudgetError
         If that is more than its budget; None: there is no limit.
     """
-    held = resident_bytes()
-    if budget is not None and held + needed > budget:
+    if budget is None:
+        return
+    if (held := resident_bytes()) + needed > budget:
+        hold_less()  # what an earlier round left behind does not count
+        held = resident_bytes()
+    if held + needed > budget:
         more = f", and needs {needed // MB} MB more" if needed else ""
         raise MemoryBudgetError(
             f"memory: expected at most {budget // MB} MB resident, got {held // MB} MB{more}. Set a larger "
@@ -83,8 +87,7 @@ def page_out(address: int, size: int) -> None:
 def weight_bytes(folder: str | Path) -> int:
     """Return the size of the weights in a folder, or in a file, as transformers saves them; 0 if there are none.
 
-    What loading takes is at most that: MiniLM's 91 MB take 66 MB when they are quantized to int8 on the way, and
-    all 91 MB, page by page, in float32.
+    What loading takes is at most that: of MiniLM's 91 MB, page by page, all in float32, and less in int8.
     """
     path = Path(folder)
     files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]
