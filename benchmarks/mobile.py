@@ -80,6 +80,7 @@ def run_config(seed: int = 0, **more: Any) -> dict[str, Any]:
 def be_a_node(profile: str, reads: str, rounds: int, steps: int) -> None:
     """Train some rounds in this process, with the example's own ClientApp, and print what they took."""
     sys.path.insert(0, str(APP))
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # of the extra `bench`; peft would import it
     from text_lora import client_app, task
 
     from benchmarks.federate import quiet

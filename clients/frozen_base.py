@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from fedkit.errors import ConfigError
 
+from .resident import page_out
+
 
 def frozen_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the linear layers whose weights are not trained, LoRA's base layers among them.
@@ -31,7 +33,7 @@ def quantize_base(model: nn.Module, check: Callable[[], None] = lambda: None) ->
     Parameters
     ----------
     model : nn.Module
-        With its adapter. Weights that were mapped from a file are let go, those of other layers copied.
+        With its adapter.
     check : callable
         Called before each layer.
 
@@ -49,12 +51,9 @@ def quantize_base(model: nn.Module, check: Callable[[], None] = lambda: None) ->
         ) from None
     for _, layer in list(frozen_linears(model)):
         check()
+        weight = layer.weight
         quantize_(layer, Int8WeightOnlyConfig(), filter_fn=lambda module, _: isinstance(module, nn.Linear))
-    kept = {id(layer.weight) for _, layer in frozen_linears(model)}
-    for parameter in model.parameters():  # a file stays mapped, all of it that was read, until no tensor needs it
-        if not parameter.requires_grad and id(parameter) not in kept:
-            check()
-            parameter.data = parameter.data.clone()
+        page_out(weight.data_ptr(), weight.nbytes)
 
 
 def cast_base(model: nn.Module, dtype: torch.dtype) -> None:

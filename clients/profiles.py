@@ -9,7 +9,7 @@ profile    what it means
 "gpu"      CUDA; bfloat16 where autocast has it, the frozen linear layers in it for good; batches are copied from
            pinned memory while the GPU computes
 "mobile"   frozen linear layers in int8 (torchao), activations computed twice rather than kept, 4 examples at once,
-           one thread, at most 600 MB resident
+           one thread, at most 700 MB resident
 =========  ==========================================================================================
 
 ``threads``, ``memory-mb`` and ``micro-batch`` in the node config set what a profile has otherwise. More than its
@@ -153,7 +153,7 @@ class Profile:
 PROFILES: Final[Mapping[str, Profile]] = {
     "cpu": Profile(),
     "gpu": Profile(name="gpu", device="cuda", bfloat16=True),
-    "mobile": Profile(name="mobile", int8=True, checkpointing=True, micro_batch=4, threads=1, memory=600 * MB),
+    "mobile": Profile(name="mobile", int8=True, checkpointing=True, micro_batch=4, threads=1, memory=700 * MB),
 }
 
 

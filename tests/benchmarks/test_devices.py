@@ -33,4 +33,4 @@ def test_a_mobile_node_stays_within_its_budget(tmp_path):
     mobile.main(["--out", str(tmp_path), "--json", str(tmp_path / "rows.json")])
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["error"] is None
-    assert row["imports"] < row["peak"] < 620  # its own check is at 600, between steps
+    assert row["imports"] < row["peak"] < 750  # its own check is at 700, between steps
