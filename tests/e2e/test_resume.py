@@ -114,8 +114,15 @@ def killed_somewhere(out: Path, strategy: str, process: subprocess.Popen[str], m
 
 @pytest.mark.parametrize(
     ("strategies", "config"),
-    [(["aquila", "safari"], {}), (["error-feedback"], {"num_clients": 4, "fraction": 0.5})],
-    ids=["all clients", "half of the clients"],
+    [
+        pytest.param(["aquila", "safari"], {}, id="all clients"),
+        pytest.param(
+            ["error-feedback"],
+            {"num_clients": 4, "fraction": 0.5},
+            id="half of the clients",
+            marks=pytest.mark.full,
+        ),
+    ],
 )
 def test_a_killed_run_ends_as_one_that_was_not(
     tmp_path: Path, mark: str, strategies: list[str], config: dict[str, object]
