@@ -60,18 +60,23 @@ def test_the_small_form_from_end_to_end(tmp_path):
 
 
 @pytest.mark.slow
-def test_biased_losses_cost_little_on_the_digits():
+@pytest.mark.parametrize(
+    ("name", "above"),
+    [
+        ("digits, 40 % dense", 1.0),
+        pytest.param("digits, 40 % dense, sparse models", 4.0, marks=pytest.mark.full),
+    ],
+)
+def test_biased_losses_cost_little_on_the_digits(name, above):
     """At 60 % sparsity: within 1.5 points of a perfect link, in at most twice the rounds; and more than dropping.
 
     Dropping itself does better here than where the bounds come from: 8 points above it are out of reach.
     """
-    for name, above in {"digits, 40 % dense": 1.0, "digits, 40 % dense, sparse models": 4.0}.items():
-        task = safari.TASKS["digits"][name]
-        rows = []
-        for arm, condition in ((PERFECT, NONE), (SAFARI, BIASED), (DROP, BIASED)):
-            found = safari.measure(task, safari.ARMS[arm], condition, 0, task.rounds)
-            rows.append({"arm": arm, "condition": condition, "seed": 0, **found})
-        (claim,) = safari.claims(rows)
-        assert claim["below"] <= safari.BELOW
-        assert claim["late"] <= safari.SLOWER
-        assert claim["above"] >= above
+    task, rows = safari.TASKS["digits"][name], []
+    for arm, condition in ((PERFECT, NONE), (SAFARI, BIASED), (DROP, BIASED)):
+        found = safari.measure(task, safari.ARMS[arm], condition, 0, task.rounds)
+        rows.append({"arm": arm, "condition": condition, "seed": 0, **found})
+    (claim,) = safari.claims(rows)
+    assert claim["below"] <= safari.BELOW
+    assert claim["late"] <= safari.SLOWER
+    assert claim["above"] >= above
