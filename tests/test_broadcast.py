@@ -39,7 +39,7 @@ def test_the_first_version_is_the_initial_arrays_bit_for_bit():
 
 
 @every_codec
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(plan=st.lists(st.sampled_from(["delivered", "reply lost", "message lost", "state lost"]), max_size=12))
 def test_a_client_rebuilds_the_servers_arrays_whatever_was_lost(codec, plan):
     broadcast, state, said = begin(codec), {}, None
