@@ -39,6 +39,7 @@ class Killer:
             self.out[i] = self.pool.submit(self.deployment.connect_node, i)
 
 
+@pytest.mark.full
 def test_two_nodes_are_out_in_each_of_ten_rounds(tmp_path: Path) -> None:
     """Nodes have keys: one that was killed stays out until its old session has lapsed."""
     folder, rng = tmp_path / "trial", random.Random(1)
