@@ -176,9 +176,10 @@ def described(context: Context) -> dict[str, Scalar]:
 
 def _has_cuda() -> bool:
     """Return whether there are a driver, a torch for it, and leave to use it; to ask torch would take seconds."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
+    if not (allowed and Path("/proc/driver/nvidia/version").exists()):
+        return False
     try:
-        torch_version = version("torch")
+        return "+cpu" not in version("torch")
     except PackageNotFoundError:
         return False
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
-    return allowed and "+cpu" not in torch_version and Path("/proc/driver/nvidia/version").exists()
