@@ -167,17 +167,25 @@ class _Sample(NamedTuple):
         return cls(sizes, np.concatenate([[0.0], np.cumsum(sizes)]), float(sizes @ sizes), float(finest))
 
     def try_out(self, threshold: float, step: float) -> _Outcome:
-        peak = self.sizes[-1]
-        steps = max(0, int((peak - threshold) / step)) if threshold <= peak else 0
-        edges = threshold + step * np.arange(steps + 1)
-        at = np.concatenate([np.searchsorted(self.sizes, edges), [self.sizes.size]])
+        at, j = self._levels(threshold, step)
         counts, sums = np.diff(at), np.diff(self.sums[at])
         shares = np.concatenate([[at[0]], counts]) / self.sizes.size
         shares = shares[shares > 0]
         rate = -(shares * np.log2(shares)).sum() + 1 - at[0] / self.sizes.size
-        j = np.arange(counts.size)
         first, slope = _line(counts.sum(), float(counts @ j), float(counts @ j**2), sums.sum(), sums @ j)
         return _Outcome(rate, 1 - (first * sums.sum() + slope * (sums @ j)) / self.energy)
+
+    def _levels(self, threshold: float, step: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return where sizes of the same level begin, those below the threshold left out, and these levels."""
+        count, peak = self.sizes.size, self.sizes[-1]
+        steps = max(0, int((peak - threshold) / step)) if threshold <= peak else 0
+        if steps < count:
+            j = np.arange(steps + 1, dtype=np.float64)
+            return np.concatenate([np.searchsorted(self.sizes, threshold + step * j), [count]]), j
+        zeros = int(np.searchsorted(self.sizes, threshold))
+        levels = np.floor((self.sizes[zeros:] - threshold) / step)
+        starts = np.flatnonzero(np.diff(levels, prepend=-1.0))
+        return np.concatenate([zeros + starts, [count]]), levels[starts]
 
     def solve(self, ratio: float, rate: float) -> float:
         """Return the step at which thresholds from ``ratio · step`` on take `rate` bits per value."""

@@ -36,7 +36,8 @@ from fedkit.errors import SchemaMismatchError, WireFormatError
 
 _HEADS: Final = 24  # bytes of a group of `EntropyConstrained`, and of a small table
 _TRIES: Final = 6  # to meet a rate
-_CLOSE: Final = 0.01  # to a rate, relative
+_CLOSE: Final = 0.01  # to a rate, relative, or
+_NEAR: Final = 8  # bytes: sizes go in words of 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,11 +217,11 @@ def _try(quantizer: EntropyConstrained, parts: Sequence[NDArray[np.float32]], ra
 def _meet(
     quantizer: EntropyConstrained, parts: Sequence[NDArray[np.float32]], room: float, rate: float, close: float
 ) -> _Try:
-    """Return a try that takes `room` bytes besides heads, to the share `close`; `rate` is tried first."""
+    """Return a try that takes about `room` bytes besides heads, to the share `close`; `rate` is tried first."""
     best = last = _try(quantizer, parts, rate)
     known = {0.0: 0.0}  # sizes, by rate
     for _ in range(_TRIES - 1):
-        if abs(best.size - room) <= close * room:
+        if abs(best.size - room) <= max(close * room, _NEAR):
             break
         known[last.rate] = last.size
         last = _try(quantizer, parts, _between(known, room))
