@@ -37,7 +37,7 @@ from fedkit.errors import SchemaMismatchError, WireFormatError
 _HEADS: Final = 24  # bytes of a group of `EntropyConstrained`, and of a small table
 _TRIES: Final = 6  # to meet a rate
 _CLOSE: Final = 0.01  # to a rate, relative, or
-_NEAR: Final = 8  # bytes: sizes go in words of 4
+_NEAR: Final = 4  # bytes, a word of a coded stream
 
 
 @dataclass(frozen=True, slots=True)
