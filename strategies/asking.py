@@ -26,6 +26,7 @@ from fedkit.message import LORA, STEP_SIZE, SUBMODEL, Instructions, write_instru
 from fedkit.parcel import write_parcel
 from fedkit.rounds import RoundGrid
 
+from .border import Border
 from .budget import Budget
 from .composition import REMEMBERS, composed
 from .contents import mean_metrics
@@ -72,6 +73,7 @@ class Asking(FedAvg):
         step_at(step_size, 1)
         self.step_size = step_size
         self.codec, self.downlink, self.budget = codec, downlink, budget
+        self.border = Border(alike=self.one_for_all and not parts.differ)
         self.seed, self.node_timeout = seed, node_timeout
         self.limits, self._own_limits = limits or Limits(), limits is not None
         self.num_rounds, self._timeout = 1, 3600.0
@@ -202,7 +204,9 @@ class Asking(FedAvg):
     def _instructions(self, server_round: int, node_id: int, codec: Codec, **more: Any) -> Instructions:
         accepted = self.registry.told[node_id] = self.registry.accepted_from(node_id)
         experiment = self.progress.experiment
-        return Instructions(self.scheme, server_round, codec, accepted, experiment=experiment, **more)
+        return Instructions(
+            self.scheme, server_round, codec, accepted, experiment=experiment, ordinary=self.border.packed, **more
+        )
 
     def _codecs(self, server_round: int, down: Mapping[int, int]) -> Mapping[int, Codec]:
         """Return how each node that is asked codes its upload; `down`: bytes that nodes are to be sent."""

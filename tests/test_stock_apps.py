@@ -1,0 +1,87 @@
+"""Apps written as Flower's templates are work with fedkit's mods and strategies, unchanged but for these two lines."""
+
+import importlib
+
+import pytest
+from flwr.app import Context, RecordDict
+
+from fedkit.clients import TacMod
+from fedkit.flower import deflate, task_identity
+from tests.helpers.grid import InProcessGrid
+
+ROUNDS = {"pytorch": 8, "numpy": 8, "peft": 10}
+APPS = ["numpy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pytorch", "peft"))]  # torch takes long
+
+
+class CountingGrid(InProcessGrid):
+    """Counts the bytes of all replies, and keeps what the app itself saw and said."""
+
+    uplink = 0
+
+    def pull_messages(self, message_ids):
+        replies = super().pull_messages(message_ids)
+        for reply in replies:
+            assert not reply.has_error(), reply.error.reason
+            self.uplink += sum(map(len, deflate(reply)[1].values()))
+        return replies
+
+
+def schema(record):
+    return [(name, array.dtype, tuple(array.shape)) for name, array in record.items()]
+
+
+def initial(app_name):
+    """The arrays that the app's server begins with."""
+    app = importlib.import_module(f"tests.fixtures.stock_apps.{app_name}_app")
+    return app.initial_arrays()
+
+
+def run(app_name, strategy):
+    """Return the final accuracy, the bytes of all replies, and the final arrays."""
+    app = importlib.import_module(f"tests.fixtures.stock_apps.{app_name}_app")
+    config = {"strategy": strategy, "num-server-rounds": ROUNDS[app_name], "lr": 0.05, "local-epochs": 2}
+    grid = CountingGrid([app.app] * 4)
+    for context in grid.contexts.values():
+        context.run_config = config
+    context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=config)
+    with task_identity(run_id=1, node_id=1):
+        app.server(grid, context)
+    final = context.state["final"]
+    return app.global_evaluate(0, final)["accuracy"], grid.uplink, final
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the app itself is given: the last of its mods notes it."""
+    found = []
+    inner = TacMod.__call__
+
+    def call(self, message, context, call_next):
+        def watched(message, context):
+            (record,) = message.content.array_records.values()
+            found.append(schema(record))
+            return call_next(message, context)
+
+        return inner(self, message, context, watched)
+
+    monkeypatch.setattr(TacMod, "__call__", call)
+    return found
+
+
+@pytest.fixture(scope="module", params=APPS)
+def stock(request):
+    """The same app with Flower's FedAvg: what it should learn, and send at most."""
+    return request.param, *run(request.param, "fedavg")
+
+
+@pytest.mark.parametrize("strategy", ["error-feedback", "aquila", "safari", "tac"])
+def test_a_stock_app_learns_sees_its_own_arrays_and_sends_less(stock, strategy, seen):
+    name, accuracy, uplink, final = stock
+    found, sent, arrays = run(name, strategy)
+    print(name, strategy, accuracy, found, uplink, sent, len(seen))
+    own = schema(initial(name))
+    assert seen
+    assert all(given == own for given in seen)
+    assert [(n.removeprefix("cluster-0/"), *rest) for n, *rest in schema(arrays)] == own
+    assert found > accuracy - 0.05
+    assert sent < {"tac": 1.0, "safari": 0.6}.get(strategy, 0.35) * uplink
