@@ -134,9 +134,7 @@ class UpdateMod(ABC):
                 options = {**coded.options, **submodel_of(context, instructions.options)}
                 if job.rows is not None:
                     options[ROWS_SEED] = job.rows.seed
-                report = Report(
-                    job.client_id, coded.base, coded.frame is None, job.version, options, coded.beside
-                )
+                report = Report(job.client_id, coded.base, coded.frame is None, job.version, options, coded.beside)
                 write_report(reply.content, report)
                 where.save(state)
         except FedkitError as error:

@@ -71,12 +71,16 @@ class Ordinary:
             end = 4 + int.from_bytes(plain[:4], "little")
             order, dtypes, beside = json.loads(plain[4:end])
             like = {str(name): _empty(dtype, shape) for name, dtype, shape in beside}
-            return cls([str(n) for n in order], {str(k): str(v) for k, v in dtypes.items()}, _cut(plain[end:], like))
+            return cls(
+                [str(n) for n in order], {str(k): str(v) for k, v in dtypes.items()}, _cut(plain[end:], like)
+            )
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise WireFormatError(f"what goes beside the frames cannot be read ({error}).") from None
 
 
-def split(record: ArrayRecord, beside: Sequence[str] | None = None) -> tuple[dict[str, NDArray[np.float32]], Ordinary]:
+def split(
+    record: ArrayRecord, beside: Sequence[str] | None = None
+) -> tuple[dict[str, NDArray[np.float32]], Ordinary]:
     """Return a record's arrays in float32, and what else there is to say about them.
 
     Parameters
@@ -97,7 +101,9 @@ def split(record: ArrayRecord, beside: Sequence[str] | None = None) -> tuple[dic
     for name, array in record.items():
         own = array.numpy()
         if own.dtype.kind not in "fiub":
-            raise ConfigError(f"array {name!r}: expected real numbers, got {own.dtype}. Leave it out of the arrays.")
+            raise ConfigError(
+                f"array {name!r}: expected real numbers, got {own.dtype}. Leave it out of the arrays."
+            )
         if name in beside if beside is not None else own.dtype.kind != "f" or name.endswith(STATISTICS):
             apart[name] = own
             continue
@@ -134,7 +140,11 @@ def pack_values(beside: Beside, like: Beside) -> bytes:
     for name, expected in like.items():
         if name not in beside or beside[name].shape != expected.shape:
             raise SchemaMismatchError(f"array {name!r}: expected shape {expected.shape} in the app's reply.")
-    return zlib.compress(_raw({name: as_type(beside[name], str(a.dtype)) for name, a in like.items()})) if like else b""
+    return (
+        zlib.compress(_raw({name: as_type(beside[name], str(a.dtype)) for name, a in like.items()}))
+        if like
+        else b""
+    )
 
 
 def unpack_values(data: bytes, like: Beside) -> Beside:

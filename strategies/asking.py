@@ -33,6 +33,7 @@ from .contents import mean_metrics
 from .downlink import Downlink
 from .options import FedAvgOptions
 from .parts import PRODUCTS, WHOLE, Parts
+from .privacy import refuse_secure_aggregation
 from .progress import Progress
 from .replies import Registry
 from .sampling import choose, wait_for_nodes
@@ -77,12 +78,16 @@ class Asking(FedAvg):
         self.seed, self.node_timeout = seed, node_timeout
         self.limits, self._own_limits = limits or Limits(), limits is not None
         self.num_rounds, self._timeout = 1, 3600.0
+        self.started = self.wrapped = False  # by `start`; by another strategy, which calls all but that
         self.ledger, self.registry = Ledger(), Registry(parts.name_of)
         self.progress = Progress(Path(checkpoint) if str(checkpoint) else None)
         self._params: NamedArrays = {}
 
+    initialize_parameters = refuse_secure_aggregation
+
     def summary(self) -> None:
-        """Log the settings."""
+        """Log the settings; Flower does, before the first round, and strategies that wrap another do."""
+        self.wrapped = not self.started
         logger.info("\t├──> %s, codec: %s", type(self).__name__, self.codec.quantizer or "float32")
         super().summary()
 

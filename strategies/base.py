@@ -33,6 +33,7 @@ from .budget import Budget
 from .downlink import Downlink
 from .options import FedAvgOptions
 from .parts import LoraMode, Parts
+from .privacy import check_wrapped
 from .replies import Inbox
 
 S = TypeVar("S")
@@ -154,8 +155,7 @@ class UpdateStrategy(Asking, Generic[S]):
         QuorumError
             If too few nodes take part, see `limits`.
         """
-        grid = self._adopt(grid, timeout)
-        self.num_rounds = num_rounds
+        grid, self.num_rounds, self.started = self._adopt(grid, timeout), num_rounds, True
         params = self.progress.resume(self, self.border.inward(initial_arrays), grid.ledger)
         if params is None:
             params = self.downlink.begin(self.border.inward(initial_arrays))
@@ -175,8 +175,8 @@ class UpdateStrategy(Asking, Generic[S]):
                 self.progress.note("server", 0, metrics)
             return metrics
 
-        wanted = evaluate if evaluate_fn or self.progress.folder else None
-        left, begin = max(0, num_rounds - before), self.border.outward(params)
+        wanted, begin = evaluate if evaluate_fn or self.progress.folder else None, self.border.outward(params)
+        left = max(0, num_rounds - before)
         result = super().start(grid, begin, left, timeout, train_config, evaluate_config, wanted)
         return self.progress.complete(result, begin)
 
@@ -184,6 +184,7 @@ class UpdateStrategy(Asking, Generic[S]):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return one message for each node of this round's cohort."""
+        check_wrapped(self, config)
         server_round += self.progress.before
         first, self._params = not self._params, self.border.inward(arrays)
         if first:
