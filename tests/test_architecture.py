@@ -122,7 +122,9 @@ def test_files_and_functions_stay_small():
                 assert lines <= 40, f"{path}: {node.name} has {lines} lines"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/*/client_app.py")), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("*/*/client_app.py")), ids=lambda p: p.parent.name
+)
 def test_an_example_s_client_is_read_in_a_minute(path):
     assert path.read_text().count("\n") < 60
 
