@@ -102,3 +102,16 @@ def test_what_is_exported_is_what_is_documented(package):
     section = readme.read_text().partition(f"## `fedkit.{package}`\n")[2].partition("\n## ")[0]
     documented = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     assert documented == sorted(importlib.import_module(f"fedkit.{package}").__all__)
+
+
+@pytest.mark.slow
+def test_the_api_is_documented_by_the_command_of_the_readme_without_warnings(tmp_path):
+    pytest.importorskip("pdoc", reason="pip install pdoc")
+    (command,) = re.findall(r"`(pdoc -d numpy [^`]*)`", (ROOT / "README.md").read_text())
+    words = [sys.executable, "-m", *command.split(), "-o", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=True)
+    warnings = [line for line in done.stderr.splitlines() if "Warn" in line]
+    assert all("protocol.Aggregate" in line for line in warnings)  # generic NamedTuples are too much for pdoc
+    for package in ("strategies", "clients", "codec"):
+        page = (tmp_path / "fedkit" / f"{package}.html").read_text()
+        assert all(f'id="{name}"' in page for name in importlib.import_module(f"fedkit.{package}").__all__)

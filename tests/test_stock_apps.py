@@ -3,7 +3,7 @@
 import importlib
 
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import ArrayRecord, Context, RecordDict
 
 from fedkit.clients import TacMod
 from fedkit.flower import deflate, task_identity
@@ -48,6 +48,13 @@ def run(app_name, strategy):
         app.server(grid, context)
     final = context.state["final"]
     return app.global_evaluate(0, final)["accuracy"], grid.uplink, final
+
+
+@pytest.mark.slow
+def test_bfloat16_is_refused_by_flower_itself():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match="BFloat16"):
+        ArrayRecord({"w": torch.zeros(2, dtype=torch.bfloat16)})
 
 
 @pytest.fixture
