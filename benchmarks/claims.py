@@ -7,6 +7,7 @@ After that it must be borne out by its small form: a test that .ci/run runs, or 
 from __future__ import annotations
 
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,8 +96,9 @@ def _error(rate: float) -> float:
     return squared_norm(subtract(update, decode(frame, like=update))) / squared_norm(update)
 
 
-def main() -> None:
-    """List the claims; run the functions of those that are stale."""
+def main() -> int:
+    """List the claims; run the functions of those whose modules changed; return how many disagree."""
+    disagree = 0
     table = Table("claim", "measured at", "modules", "small form")
     for claim in claims():
         state, small = "as then", claim.small.partition("::")[2] or claim.small
@@ -104,11 +106,13 @@ def main() -> None:
             state = "changed"
             if claim.function:
                 holds, found = claim.agrees()
+                disagree += not holds
                 then = f"{claim.value} ± {claim.tolerance:.0%}"
                 small = f"{'agrees' if holds else 'DISAGREES'}: {found:.4g}, then {then}"
         table.add_row(claim.command, claim.commit, state, small)
     Console().print(table)
+    return disagree
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

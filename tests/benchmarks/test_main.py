@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 import benchmarks
 from benchmarks.__main__ import benchmarks as known
 from benchmarks.__main__ import main
@@ -16,13 +18,17 @@ def test_it_lists_every_benchmark_with_what_it_measures(capsys):
     assert documented >= {"codec", "aquila", "text_lora", "rm_lora", "wire"}
 
 
-def test_it_runs_several_and_hands_on_what_comes_after_the_dashes(tmp_path, capfd):
+def test_it_hands_on_what_comes_after_the_dashes(tmp_path, capfd):
     assert main(["fuzz", "--out", str(tmp_path), "--", "--seconds", "0.2"]) == 0
     assert "=== fuzz" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_repeated_command_makes_its_table_from_the_rows(tmp_path):
     assert main(["aggregate", "--out", str(tmp_path), "--", "--clients", "3"]) == 0
     (row,) = map(json.loads, (tmp_path / "aggregate-small.jsonl").read_text().splitlines())
     assert row["clients"] == 3
-    assert main(["aggregate", "--out", str(tmp_path), "--", "--clients", "3"]) == 0  # from the rows
+    assert main(["aggregate", "--out", str(tmp_path), "--", "--clients", "3"]) == 0
     assert len((tmp_path / "aggregate-small.jsonl").read_text().splitlines()) == 1
 
 
