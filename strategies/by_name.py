@@ -58,5 +58,6 @@ def build(config: RunConfig, *, clients_evaluate: bool = False) -> Strategy:
 
 def _class_of(make: Callable[..., Strategy]) -> type[FedAvg]:
     """Return what is constructed: by a class, by a method of one, or by a part of either."""
-    found = getattr(make, "func", make)
-    return getattr(found, "__self__", found)  # type: ignore[no-any-return]
+    found: Any = getattr(make, "func", make)
+    of: type[FedAvg] = getattr(found, "__self__", found)
+    return of

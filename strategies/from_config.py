@@ -58,9 +58,8 @@ def read_options(text: str, make: Callable[..., Any], of: type[FedAvg]) -> dict[
 def _scalars(make: Callable[..., Any], of: type[FedAvg]) -> dict[str, tuple[Any, ...]]:
     """Return the options whose value may be a scalar: the types or texts that each may be."""
     found: dict[str, tuple[Any, ...]] = {}
-    functions = [cls.__init__ for cls in reversed(of.__mro__) if issubclass(cls, FedAvg) and cls is not FedAvg]
     hints: dict[str, Any] = dict(get_type_hints(FedAvgOptions))
-    for function in [*functions, *([make.__func__] if inspect.ismethod(make) else [])]:
+    for function in [*_constructors(of), *([make.__func__] if inspect.ismethod(make) else [])]:
         own = get_type_hints(function)
         named = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
         hints |= {name: own[name] for name in named if name in own}
@@ -81,8 +80,13 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
     return tuple(kind for part in parts for kind in _kinds(part))
 
 
+def _constructors(of: type[FedAvg]) -> list[Callable[..., None]]:
+    """Return those of a strategy and of what it is derived from, fedkit's own; the most special last."""
+    return [cls.__init__ for cls in reversed(of.__mro__) if issubclass(cls, FedAvg) and cls is not FedAvg]
+
+
 def _takes(of: type[FedAvg], name: str) -> bool:
-    return any(name in inspect.signature(cls.__init__).parameters for cls in of.__mro__ if cls is not FedAvg)
+    return any(name in inspect.signature(function).parameters for function in _constructors(of))
 
 
 def _checked(key: str, value: Scalar, kinds: tuple[Any, ...]) -> Scalar:

@@ -74,26 +74,24 @@ def elsewhere(wheel, tmp_path_factory) -> Path:
     return folder / "bin" / "python"
 
 
-def type_checked(command, code, folder) -> str:
-    (folder / "user.py").write_text(code)
-    done = subprocess.run(
-        [*command, "user.py"], cwd=folder, capture_output=True, text=True, timeout=500, check=False
-    )
-    return "" if done.returncode == 0 else done.stdout + done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", ["mypy", "pyright"])
 def test_the_wheel_type_checks_for_its_users(elsewhere, checker, tmp_path):
+    """What is right has no error, each of the lines that are wrong has one."""
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", elsewhere]
     if checker == "pyright":
-        pytest.importorskip("pyright", reason="pip install pyright; it needs node")
+        pytest.importorskip("pyright", reason="pip install pyright")
         command = [sys.executable, "-m", "pyright", "--pythonpath", elsewhere]
-    else:
-        command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", elsewhere]
-    assert type_checked(command, USER, tmp_path) == ""
-    for wrong in ("Aquila(beta='much')", "Limits(quorums=0.8)", "EntropyConstrained([])"):
-        assert wrong.partition("(")[0] in USER
-        assert type_checked(command, USER + wrong + "\n", tmp_path), f"{wrong} is no error"
+        if subprocess.run([*command, "--version"], capture_output=True, timeout=300, check=False).returncode:
+            pytest.skip("pyright needs node, or to download it")
+    wrong = ["Aquila(beta='much')", "Limits(quorums=0.8)", "EntropyConstrained([])"]
+    (tmp_path / "user.py").write_text(USER + "\n".join(wrong) + "\n")
+    done = subprocess.run(
+        [*command, "user.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False
+    )
+    first = USER.count("\n") + 1
+    lines = {int(number) for number in re.findall(r"user\.py:(\d+):.*error", done.stdout)}
+    assert lines == set(range(first, first + len(wrong))), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("package", ["strategies", "clients", "codec"])

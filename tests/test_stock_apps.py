@@ -1,6 +1,7 @@
 """Apps written as Flower's templates are work with fedkit by a change of two lines."""
 
 import importlib
+from functools import cache
 
 import pytest
 from flwr.app import ArrayRecord, Context, RecordDict
@@ -10,7 +11,17 @@ from fedkit.flower import deflate, task_identity
 from tests.helpers.grid import InProcessGrid
 
 ROUNDS = {"pytorch": 8, "numpy": 8, "peft": 10}
-APPS = ["numpy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pytorch", "peft"))]  # torch takes long
+CASES = [("numpy", strategy) for strategy in ("error-feedback", "aquila", "safari", "tac")]
+CASES += [  # torch takes long
+    pytest.param(name, strategy, marks=marks)
+    for name in ("pytorch", "peft")
+    for strategy, marks in {
+        "error-feedback": [pytest.mark.slow],
+        "aquila": [pytest.mark.slow],
+        "safari": [pytest.mark.slow, pytest.mark.full],
+        "tac": [pytest.mark.slow, pytest.mark.full],
+    }.items()
+]
 
 
 class CountingGrid(InProcessGrid):
@@ -50,6 +61,12 @@ def run(app_name, strategy):
     return app.global_evaluate(0, final)["accuracy"], grid.uplink, final
 
 
+@cache
+def with_fedavg(app_name):
+    """The same app with Flower's FedAvg: what it should learn, and send at most."""
+    return run(app_name, "fedavg")
+
+
 @pytest.mark.slow
 def test_bfloat16_is_refused_by_flower_itself():
     torch = pytest.importorskip("torch")
@@ -75,20 +92,15 @@ def seen(monkeypatch):
     return found
 
 
-@pytest.fixture(scope="module", params=APPS)
-def stock(request):
-    """The same app with Flower's FedAvg: what it should learn, and send at most."""
-    return request.param, *run(request.param, "fedavg")[:2]
-
-
-@pytest.mark.parametrize("strategy", ["error-feedback", "aquila", "safari", "tac"])
-def test_a_stock_app_learns_sees_its_own_arrays_and_sends_less(stock, strategy, seen):
-    name, accuracy, uplink = stock
-    found, sent, arrays = run(name, strategy)
-    own = schema(initial(name))
+@pytest.mark.parametrize(("app_name", "strategy"), CASES)
+def test_a_stock_app_learns_sees_its_own_arrays_and_sends_less(app_name, strategy, seen):
+    accuracy, uplink, _ = with_fedavg(app_name)
+    seen.clear()
+    found, sent, arrays = run(app_name, strategy)
+    own = schema(initial(app_name))
     assert seen
     assert all(given == own for given in seen)
     assert [(n.removeprefix("cluster-0/"), *rest) for n, *rest in schema(arrays)] == own
-    lag = 0.3 if (name, strategy) == ("peft", "error-feedback") else 0.05  # half a bit, 10 rounds, 800 parameters
+    lag = 0.3 if (app_name, strategy) == ("peft", "error-feedback") else 0.05  # half a bit, 10 rounds, 800 values
     assert found > accuracy - lag
     assert sent < {"tac": 1.0, "safari": 0.6}.get(strategy, 0.35) * uplink
