@@ -23,7 +23,7 @@ Principles, in order of weight
 6. Quantizing, masking, compensating and clustering are independent choices.
 
 Imports go one way: examples → cli, launch, submit → strategies, clients → adapter → rounds → booking → broadcast,
-memory, state, checkpoint, ledger → message, skipping, calls → flower, sockets, config, files → codec, aggregation,
+memory, state, checkpoint, ledger → message, ordinary, skipping, calls → flower, sockets, config, files → codec, aggregation,
 faults, limits, processes → submodels → arrays, errors.
 """
 

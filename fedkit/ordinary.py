@@ -30,7 +30,7 @@ from fedkit.arrays import NamedArrays
 from fedkit.errors import ConfigError, SchemaMismatchError, WireFormatError
 
 STATISTICS: Final = ("running_mean", "running_var")  # PyTorch's names, at the end of an array's
-MAX_BYTES: Final = 2**28  # of what travels beside, unpacked
+MAX_BYTES: Final = 2**28  # of what a client accepts beside the frames
 
 Beside: TypeAlias = Mapping[str, NDArray[Any]]
 
@@ -67,7 +67,7 @@ class Ordinary:
         if not data:
             return cls()
         try:
-            plain = _inflate(data)
+            plain = _inflate(data, MAX_BYTES)
             end = 4 + int.from_bytes(plain[:4], "little")
             order, dtypes, beside = json.loads(plain[4:end])
             like = {str(name): _empty(dtype, shape) for name, dtype, shape in beside}
@@ -126,7 +126,7 @@ def from_arrays(arrays: NamedArrays) -> ArrayRecord:
 def as_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Return an array in another type; whole numbers are rounded to, not cut to."""
     kind = np.dtype(dtype)
-    return np.asarray(array if kind.kind == "f" else np.rint(array), kind)
+    return np.asarray(np.rint(array) if kind.kind != "f" and array.dtype.kind == "f" else array, kind)
 
 
 def pack_values(beside: Beside, like: Beside) -> bytes:
@@ -140,11 +140,9 @@ def pack_values(beside: Beside, like: Beside) -> bytes:
     for name, expected in like.items():
         if name not in beside or beside[name].shape != expected.shape:
             raise SchemaMismatchError(f"array {name!r}: expected shape {expected.shape} in the app's reply.")
-    return (
-        zlib.compress(_raw({name: as_type(beside[name], str(a.dtype)) for name, a in like.items()}))
-        if like
-        else b""
-    )
+    if not like:
+        return b""
+    return zlib.compress(_raw({name: as_type(beside[name], str(a.dtype)) for name, a in like.items()}))
 
 
 def unpack_values(data: bytes, like: Beside) -> Beside:
@@ -152,7 +150,7 @@ def unpack_values(data: bytes, like: Beside) -> Beside:
     if not like and not data:
         return {}
     try:
-        found = _cut(_inflate(data), like)
+        found = _cut(_inflate(data, sum(array.nbytes for array in like.values())), like)
     except ValueError as error:
         raise WireFormatError(f"what goes beside the frames cannot be read ({error}).") from None
     for name, array in found.items():
@@ -193,12 +191,13 @@ def _empty(dtype: str, shape: Sequence[int]) -> NDArray[Any]:
     return np.broadcast_to(np.zeros((), kind), tuple(int(n) for n in shape))
 
 
-def _inflate(data: bytes) -> bytes:
+def _inflate(data: bytes, size: int) -> bytes:
+    """Return at most `size` bytes; raises ValueError if there are more, or they are damaged."""
     unpacking = zlib.decompressobj()
     try:
-        plain = unpacking.decompress(data, MAX_BYTES)
+        plain = unpacking.decompress(data, size + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from None
-    if not unpacking.eof:
+    if not unpacking.eof or len(plain) > size:
         raise ValueError("cut short, or too long")
     return plain
