@@ -11,6 +11,7 @@ import argparse
 import ast
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +20,7 @@ from rich.table import Table
 from benchmarks.claims import claims
 
 HERE = Path(__file__).parent
-PLOTS = {"codec": "codec.png", "safari": "safari.png"}  # which take --plot FILE
+PLOTS = {"codec": "codec.png", "safari": "safari.png"}  # which take --plot FILE, with matplotlib
 
 
 def benchmarks() -> dict[str, str]:
@@ -38,7 +39,7 @@ def command(name: str, options: argparse.Namespace, rest: list[str]) -> list[str
     if name == "claims":
         return words
     words += ["--full"] if options.full else []
-    if name in PLOTS:
+    if name in PLOTS and find_spec("matplotlib"):
         words += ["--plot", str(Path(options.out, PLOTS[name]))]
     return words if name == "fuzz" else [*words, "--out", options.out]
 
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             commits = {claim.commit for claim in claims() if f"benchmarks.{name} " in f"{claim.command} "}
             table.add_row(name, what, ", ".join(sorted(commits)))
         Console().print(table)
+        return 0
     Path(options.out).mkdir(parents=True, exist_ok=True)
     failed = []
     for name in names:
