@@ -1,4 +1,7 @@
-"""Every number that the README claims, one command each: ``python -m benchmarks.NAME`` from the repository root.
+"""Every number that the READMEs claim, one command each: ``python -m benchmarks.NAME`` from the repository root.
+
+``python -m benchmarks`` lists them, and runs several, or ``all``; ``python -m benchmarks.claims`` says of which
+figures the modules have changed, and whether their small forms agree.
 
 - ``codec``: error against real bytes, speed and memory of our codecs and of every peer that installs, and bounds
 - ``aggregate``: the server's work on a thousand uploads, beside Flower's FedAvg on the same updates

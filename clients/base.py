@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -23,13 +23,12 @@ from fedkit.message import (
     Report,
     client_id,
     frame_record,
-    from_arrays,
     read_instructions,
     read_scheme,
     submodel_of,
-    to_arrays,
     write_report,
 )
+from fedkit.ordinary import Beside, Ordinary, pack_values, split
 from fedkit.parcel import read_parcel
 from fedkit.row_masks import ROWS_SEED, RowDraw
 from fedkit.state import ClientState, State
@@ -71,6 +70,7 @@ class Coded:
     frame: bytes | None  # None: skip
     base: bytes = GENESIS  # digest of the memory that the frame adds to
     options: Mapping[str, Scalar] = field(default_factory=dict)  # what the strategy must know to decode it
+    beside: bytes = b""  # of the app's arrays, what is not in frames: `fedkit.ordinary`
 
 
 class UpdateMod(ABC):
@@ -121,30 +121,34 @@ class UpdateMod(ABC):
             where.save(state)  # before any training: a disk that is full or read-only must not cost it
             job = Job(client_id(context), sent, parcel.version, instructions, state)
             given = completed(self.prepare(job), lora, state, self.scheme)
+            ordinary = Ordinary.unpack(instructions.ordinary)
             (key,) = message.content.array_records
-            message.content[key] = from_arrays(given)
+            message.content[key] = record = ordinary.record(given)
+            if ordinary.dtypes:
+                given, _ = split(record, list(ordinary.beside))  # as the app sees it
             reply = call_next(message, context)
             if reply.has_content():
                 coded = Coded(None)
                 if message.metadata.message_type == MessageType.TRAIN:
-                    coded = self._code_reply(reply.content, given, job)
+                    coded = self._code_reply(reply.content, given, ordinary.beside, job)
                 options = {**coded.options, **submodel_of(context, instructions.options)}
                 if job.rows is not None:
                     options[ROWS_SEED] = job.rows.seed
-                report = Report(job.client_id, coded.base, coded.frame is None, job.version, options)
+                report = Report(job.client_id, coded.base, coded.frame is None, job.version, options, coded.beside)
                 write_report(reply.content, report)
                 where.save(state)
         except FedkitError as error:
             return refusal(f"{type(error).__name__}: {error}", reply_to=message)
         return reply
 
-    def _code_reply(self, content: RecordDict, given: NamedArrays, job: Job) -> Coded:
+    def _code_reply(self, content: RecordDict, given: NamedArrays, beside: Beside, job: Job) -> Coded:
         """Replace the arrays of the app's reply by a frame."""
         if len(content.array_records) != 1:
             raise FedkitError(f"the app's reply: expected one ArrayRecord, got {len(content.array_records)}.")
         ((key, record),) = content.array_records.items()
-        local = to_arrays(record)
+        local, own = split(record, list(beside))
         start = self.start_of(local, given)
+        local = {name: local[name] for name in start} if local.keys() == start.keys() else local  # in any order
         check_same_schema(local, like=start)
         check_finite(local)
         lora = str(job.instructions.options.get(LORA, ""))
@@ -156,7 +160,7 @@ class UpdateMod(ABC):
             del content[key]
         else:
             content[key] = frame_record(coded.frame)
-        return coded
+        return replace(coded, beside=pack_values(own.beside, beside))
 
 
 def _introduction(message: Message, report: Report) -> Message:

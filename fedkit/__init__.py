@@ -23,8 +23,8 @@ Principles, in order of weight
 6. Quantizing, masking, compensating and clustering are independent choices.
 
 Imports go one way: examples → cli, launch, submit → strategies, clients → adapter → rounds → booking → broadcast,
-memory, state, checkpoint, ledger → message, skipping, calls → flower, sockets, config, files → codec, aggregation,
-faults, limits, processes → submodels → arrays, errors.
+memory, state, checkpoint, ledger → message, ordinary, skipping, calls → flower, sockets, config, files → codec,
+aggregation, faults, limits, processes → submodels → arrays, errors.
 """
 
 __version__ = "0.1.0"

@@ -28,13 +28,13 @@ def zeros_like(like: NamedArrays) -> dict[str, NDArray[np.float32]]:
 def add(a: NamedArrays, b: NamedArrays) -> dict[str, NDArray[np.float32]]:
     """Return a + b, in float32."""
     check_same_schema(b, like=a)
-    return {name: a[name] + b[name] for name in a}
+    return {name: np.asarray(a[name] + b[name]) for name in a}  # an array, too, where it has no dimensions
 
 
 def subtract(a: NamedArrays, b: NamedArrays) -> dict[str, NDArray[np.float32]]:
     """Return a − b, in float32."""
     check_same_schema(b, like=a)
-    return {name: a[name] - b[name] for name in a}
+    return {name: np.asarray(a[name] - b[name]) for name in a}
 
 
 def squared_norm(arrays: NamedArrays) -> float:

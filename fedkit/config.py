@@ -30,6 +30,7 @@ class RunConfig:
     """The keys that every fedkit app understands."""
 
     strategy: str = "aquila"  # a name that `fedkit.strategies.build` knows
+    strategy_options: str = ""  # of its constructor: pairs as of `--run-config`, "rate=0.5 missing='mifa'"
     num_rounds: int = 10
     num_clients: int = 10  # nodes in simulation; elsewhere how many the server waits for
     seed: int = 0
@@ -103,7 +104,7 @@ def check_keys(keys: Iterable[str], known: Iterable[str], *, what: str = "run-co
             raise ConfigError(f"unknown {what} {key!r}. {hint}")
 
 
-def parse_overrides(texts: Sequence[str]) -> dict[str, Scalar]:
+def parse_overrides(texts: Sequence[str], *, what: str = "run-config") -> dict[str, Scalar]:
     """Return the `key=value` pairs of Flower's `--run-config`, values in TOML.
 
     >>> parse_overrides(["seed=3 strategy='fedavg'", "drop=0.4"])
@@ -121,7 +122,7 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Scalar]:
                 pairs |= tomllib.loads(pair)
             except tomllib.TOMLDecodeError as error:
                 raise ConfigError(
-                    f"run-config: expected key=value, got {pair!r} ({error}). Quote strings: key='text'."
+                    f"{what}: expected key=value, got {pair!r} ({error}). Quote strings: key='text'."
                 ) from None
     return pairs
 

@@ -12,15 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeVar, cast
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
-from numpy.typing import NDArray
 
-from fedkit.arrays import NamedArrays
 from fedkit.codec.names import from_text, to_text
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError, ReplyError, WireFormatError
+from fedkit.ordinary import from_arrays as from_arrays
+from fedkit.ordinary import to_arrays as to_arrays
 from fedkit.row_masks import RowDraw
 
 R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
@@ -35,12 +34,14 @@ SCHEME: Final = "fedkit-scheme"
 CODEC: Final = "fedkit-codec"
 ACCEPTED: Final = "fedkit-accepted"
 EXPERIMENT: Final = "fedkit-experiment"
+ORDINARY: Final = "fedkit-ordinary"
 INTRODUCE: Final = "fedkit-introduce"
 OPTION_PREFIX: Final = "fedkit-option-"
 
 CLIENT_ID: Final = "client-id"
 BASE: Final = "base"
 VERSION: Final = "version"
+BESIDE: Final = "beside"
 SUBMODEL: Final = "submodel"  # of a node's config, and an option of its reports
 PROFILE: Final = "profile"  # of a node's config, and an option of its first report: what its device can carry
 LORA: Final = "lora"  # an option of instructions: what of LoRA factors stays on the client
@@ -56,6 +57,7 @@ class Instructions:
     accepted: bytes  # digest of the uploads that the server has accepted from this client
     options: Mapping[str, Scalar] = field(default_factory=dict)  # what this scheme alone needs
     experiment: str = ""  # this run, with all its resumptions
+    ordinary: bytes = b""  # what the app's arrays have that float32 arrays lack: `fedkit.ordinary`
     introduce: bool = False  # whether the node is only asked which client it is
 
 
@@ -68,16 +70,7 @@ class Report:
     skipped: bool  # asked, answered, chose to send nothing
     version: bytes  # of the arrays that the client holds
     options: Mapping[str, Scalar] = field(default_factory=dict)  # what this scheme alone needs
-
-
-def to_arrays(record: ArrayRecord) -> dict[str, NDArray[np.float32]]:
-    """Return an ordinary ArrayRecord as float32 arrays."""
-    return {name: np.asarray(array.numpy(), np.float32) for name, array in record.items()}
-
-
-def from_arrays(arrays: NamedArrays) -> ArrayRecord:
-    """Return arrays as an ordinary ArrayRecord; inverse of `to_arrays`."""
-    return ArrayRecord({name: Array(np.asarray(array, np.float32)) for name, array in arrays.items()})
+    beside: bytes = b""  # what goes beside the frame: `fedkit.ordinary`
 
 
 def frame_record(frame: bytes) -> ArrayRecord:
@@ -106,6 +99,8 @@ def write_instructions(config: ConfigRecord, instructions: Instructions) -> None
     config[CODEC] = to_text(instructions.codec)
     config[ACCEPTED] = instructions.accepted
     config[EXPERIMENT] = instructions.experiment
+    if instructions.ordinary:
+        config[ORDINARY] = instructions.ordinary
     if instructions.introduce:
         config[INTRODUCE] = True
     _write_options(config, instructions.options)
@@ -138,6 +133,7 @@ def read_instructions(message: Message) -> Instructions:
         accepted=accepted,
         options=_read_options(config),
         experiment=str(config.get(EXPERIMENT, "")),
+        ordinary=cast(bytes, config.get(ORDINARY, b"")),
         introduce=bool(config.get(INTRODUCE, False)),
     )
 
@@ -150,6 +146,8 @@ def rows_of(message: Message) -> RowDraw | None:
 def write_report(content: RecordDict, report: Report) -> None:
     """Write a report into a reply, and the app's metrics into the report."""
     record = ConfigRecord({CLIENT_ID: report.client_id, BASE: report.base, VERSION: report.version})
+    if report.beside:
+        record[BESIDE] = report.beside
     _write_options(record, report.options)
     for name, metrics in list(content.metric_records.items()):
         if metrics and "/" not in name:
@@ -171,9 +169,12 @@ def read_report(content: RecordDict) -> Report:
     if not isinstance(record, ConfigRecord):
         raise ReplyError("the reply holds no report. Is fedkit's mod among the ClientApp's mods?")
     client_id, base, version = (record.get(key) for key in (CLIENT_ID, BASE, VERSION))
-    if not (isinstance(client_id, str) and isinstance(base, bytes) and isinstance(version, bytes)):
+    beside = record.get(BESIDE, b"")
+    if not (isinstance(client_id, str) and all(isinstance(each, bytes) for each in (base, version, beside))):
         raise ReplyError(f"the report is incomplete: it holds {sorted(record)}.")
-    return Report(client_id, base, not records_of(content, ArrayRecord), version, _read_options(record))
+    base, version, beside = cast(tuple[bytes, bytes, bytes], (base, version, beside))
+    skipped = not records_of(content, ArrayRecord)
+    return Report(client_id, base, skipped, version, _read_options(record), beside)
 
 
 def restore_metrics(content: RecordDict) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 from fedkit.config import RunConfig, Scalar, as_type, check_keys, parse, parse_overrides
 from fedkit.errors import ConfigError
 from fedkit.files import write_json
-from fedkit.strategies import STRATEGIES
+from fedkit.strategies import STRATEGIES, build
 
 NAME: Final = "plan.json"
 DRIVEN_KEYS = ("run-dir", "strategy", "seed", "num-rounds", "num-clients")  # what `fedkit run` sets or reads
@@ -186,16 +186,19 @@ def plan_arms(arguments: argparse.Namespace, defaults: Mapping[str, Scalar], out
         raise ConfigError(f"--seeds: expected at least 1, got {arguments.seeds}.")
     config = {**defaults, **given}
     common = {field.name.replace("_", "-") for field in dataclasses.fields(RunConfig)}
-    parse(RunConfig, {key: value for key, value in config.items() if key in common})
+    checked = parse(RunConfig, {key: value for key, value in config.items() if key in common})
     strategies = dict.fromkeys([str(config["strategy"]), *([arguments.compare] if arguments.compare else [])])
     if defaults["strategy"] in STRATEGIES:  # else the app has names of its own
         check_keys(strategies, STRATEGIES, what="strategy")
+        build(dataclasses.replace(checked, run_dir=""))  # its options, before anything is started
     seeds = range(int(config["seed"]), int(config["seed"]) + arguments.seeds)
+    none = {"strategy-options": ""} if "strategy-options" in config else {}  # those of one are not another's
     # Of another machine it is a folder of ours alone: a run takes up what it finds in it.
     server = f"{out.name}-{secrets.token_hex(4)}" if arguments.superlink else str(out)
     return [
-        Arm({**config, "strategy": name, "seed": seed, "run-dir": f"{server}/{arm}"}, out / arm)
+        Arm({**config, **own, "strategy": name, "seed": seed, "run-dir": f"{server}/{arm}"}, out / arm)
         for name in strategies
+        for own in [{} if name == config["strategy"] else none]
         for seed in seeds
         for arm in [f"{name}-seed{seed}"]
     ]

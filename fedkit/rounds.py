@@ -39,7 +39,7 @@ from fedkit.faulty import FaultyGrid
 from fedkit.flower import GridWrapper, is_unavailable
 from fedkit.ledger import Ledger
 from fedkit.limits import Clock, Limits, Pauses
-from fedkit.message import round_of
+from fedkit.message import STYPE, round_of
 from fedkit.sockets import SocketMeter
 
 logger = logging.getLogger(__name__)
@@ -201,9 +201,9 @@ class RoundGrid(GridWrapper):
                 self._booking.meet(reply)
                 self._pauses.clear(sent.node_id)
             else:
-                logger.warning(
-                    "round %d, %s: %s", sent.server_round, self._booking.name(sent.node_id), reply.error.reason
-                )
+                reason = str(reply.error.reason)
+                reason += " A mod around fedkit's needs arrays: put fedkit's first." if STYPE in reason else ""
+                logger.warning("round %d, %s: %s", sent.server_round, self._booking.name(sent.node_id), reason)
                 if not is_unavailable(reply):
                     self._pauses.fail(sent.node_id, sent.server_round)
             pulled.append((sent, reply))

@@ -27,7 +27,6 @@ from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError
-from fedkit.message import to_arrays
 from fedkit.skipping import SkipRule
 
 from .asking import Part
@@ -154,7 +153,7 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return one message for each node of this round's cohort."""
-        params = to_arrays(arrays)
+        params = self.border.inward(arrays)
         if self._previous is not None:
             step = self._step(server_round + self.progress.before, params, self._previous)
             self._steps = [step, *self._steps][: len(self.rule.weights)]

@@ -26,12 +26,14 @@ from fedkit.message import LORA, STEP_SIZE, SUBMODEL, Instructions, write_instru
 from fedkit.parcel import write_parcel
 from fedkit.rounds import RoundGrid
 
+from .border import Border
 from .budget import Budget
 from .composition import REMEMBERS, composed
 from .contents import mean_metrics
 from .downlink import Downlink
 from .options import FedAvgOptions
 from .parts import PRODUCTS, WHOLE, Parts
+from .privacy import refuse_secure_aggregation
 from .progress import Progress
 from .replies import Registry
 from .sampling import choose, wait_for_nodes
@@ -72,15 +74,20 @@ class Asking(FedAvg):
         step_at(step_size, 1)
         self.step_size = step_size
         self.codec, self.downlink, self.budget = codec, downlink, budget
+        self.border = Border(alike=self.one_for_all and not parts.differ)
         self.seed, self.node_timeout = seed, node_timeout
         self.limits, self._own_limits = limits or Limits(), limits is not None
         self.num_rounds, self._timeout = 1, 3600.0
+        self.started = self.wrapped = False  # by `start`; by another strategy, which calls all but that
         self.ledger, self.registry = Ledger(), Registry(parts.name_of)
         self.progress = Progress(Path(checkpoint) if str(checkpoint) else None)
         self._params: NamedArrays = {}
 
+    initialize_parameters = refuse_secure_aggregation
+
     def summary(self) -> None:
-        """Log the settings."""
+        """Log the settings; Flower does, before the first round, and strategies that wrap another do."""
+        self.wrapped = not self.started
         logger.info("\t├──> %s, codec: %s", type(self).__name__, self.codec.quantizer or "float32")
         super().summary()
 
@@ -202,7 +209,9 @@ class Asking(FedAvg):
     def _instructions(self, server_round: int, node_id: int, codec: Codec, **more: Any) -> Instructions:
         accepted = self.registry.told[node_id] = self.registry.accepted_from(node_id)
         experiment = self.progress.experiment
-        return Instructions(self.scheme, server_round, codec, accepted, experiment=experiment, **more)
+        return Instructions(
+            self.scheme, server_round, codec, accepted, experiment=experiment, ordinary=self.border.packed, **more
+        )
 
     def _codecs(self, server_round: int, down: Mapping[int, int]) -> Mapping[int, Codec]:
         """Return how each node that is asked codes its upload; `down`: bytes that nodes are to be sent."""

@@ -24,7 +24,7 @@ from fedkit.checkpoint import Tree
 from fedkit.codec.wire import Codec
 from fedkit.ledger import EvaluateFn
 from fedkit.limits import Limits
-from fedkit.message import Report, from_arrays, to_arrays
+from fedkit.message import Report
 from fedkit.row_masks import RowMask
 from fedkit.submodels import Cut
 
@@ -33,6 +33,7 @@ from .budget import Budget
 from .downlink import Downlink
 from .options import FedAvgOptions
 from .parts import LoraMode, Parts
+from .privacy import check_wrapped
 from .replies import Inbox
 
 S = TypeVar("S")
@@ -154,11 +155,10 @@ class UpdateStrategy(Asking, Generic[S]):
         QuorumError
             If too few nodes take part, see `limits`.
         """
-        grid = self._adopt(grid, timeout)
-        self.num_rounds = num_rounds
-        params = self.progress.resume(self, to_arrays(initial_arrays), grid.ledger)
+        grid, self.num_rounds, self.started = self._adopt(grid, timeout), num_rounds, True
+        params = self.progress.resume(self, self.border.inward(initial_arrays), grid.ledger)
         if params is None:
-            params = self.downlink.begin(to_arrays(initial_arrays))
+            params = self.downlink.begin(self.border.inward(initial_arrays))
             self.parts.prepare(params)
             self._params = params
             self.recall(params, None)
@@ -170,13 +170,13 @@ class UpdateStrategy(Asking, Generic[S]):
                 return None  # that was done before the run was resumed
             metrics = evaluate_fn(server_round + before, arrays) if evaluate_fn else None
             if server_round:
-                self.progress.save(self, server_round + before, to_arrays(arrays), metrics)
+                self.progress.save(self, server_round + before, self.border.inward(arrays), metrics)
             else:
                 self.progress.note("server", 0, metrics)
             return metrics
 
-        wanted = evaluate if evaluate_fn or self.progress.folder else None
-        left, begin = max(0, num_rounds - before), from_arrays(params)
+        wanted, begin = evaluate if evaluate_fn or self.progress.folder else None, self.border.outward(params)
+        left = max(0, num_rounds - before)
         result = super().start(grid, begin, left, timeout, train_config, evaluate_config, wanted)
         return self.progress.complete(result, begin)
 
@@ -184,8 +184,9 @@ class UpdateStrategy(Asking, Generic[S]):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return one message for each node of this round's cohort."""
+        check_wrapped(self, config)
         server_round += self.progress.before
-        first, self._params = not self._params, to_arrays(arrays)
+        first, self._params = not self._params, self.border.inward(arrays)
         if first:
             self.recall(self._params, None)
         grid, must = self._adopt(grid, self._timeout), server_round == 1  # nothing was trained yet that might stay
@@ -208,7 +209,7 @@ class UpdateStrategy(Asking, Generic[S]):
         answered = {reply.metadata.src_node_id for reply in replies}
         self._unanswered = {node_id: sent for node_id, sent in cohort.sent.items() if node_id not in answered}
         inbox = Inbox(self.registry, self.ledger, cohort, self._cohort.sent.keys(), self.weighted_by_key)
-        judged = inbox.judge(replies, self.parts.check)
+        judged = inbox.judge(replies, self.parts.check, self.border.check)
         if len(judged) < self.limits.needed(asked):
             if replies:
                 self.limits.refuse(f"Round {server_round}: {len(judged)} of {asked} replies can be used.")
@@ -219,18 +220,19 @@ class UpdateStrategy(Asking, Generic[S]):
         step = self.aggregator(self._params, self.parts.whole(cohort), uploads, self.state)
         self.state = step.state
         inbox.tell(step.stand_ins)
+        self.border.average(contents, self.weighted_by_key)
         params = self.downlink.advance(step.params, server_round)
         record = self.train_metrics_aggr_fn(contents, self.weighted_by_key) if contents else MetricRecord()
         record.update(step.metrics)
         self.progress.note("train", server_round, record)
-        return from_arrays(params), record
+        return self.border.outward(params), record
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return one message for each node that is to evaluate the arrays."""
         server_round += self.progress.before
-        params, grid = to_arrays(arrays), self._adopt(grid, self._timeout)
+        params, grid = self.border.inward(arrays), self._adopt(grid, self._timeout)
         node_ids = self._sample(grid, server_round, self.fraction_evaluate, self.min_evaluate_nodes)
         return self._messages(
             MessageType.EVALUATE, server_round, config, self.distribute(params, node_ids) if node_ids else {}

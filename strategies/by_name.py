@@ -12,6 +12,7 @@ from fedkit.config import RunConfig, check_keys
 
 from .aquila import Aquila
 from .error_feedback import ErrorFeedback
+from .from_config import read_options
 from .marina import Marina
 from .plain import Plain
 from .safari import Safari
@@ -42,13 +43,21 @@ def build(config: RunConfig, *, clients_evaluate: bool = False) -> Strategy:
     Raises
     ------
     ConfigError
-        For an unknown name, with the nearest known one.
+        For an unknown name, or an unknown option, with the nearest known one; for options that do not go together.
     """
     check_keys([config.strategy], STRATEGIES, what="strategy")
     make, everybody = STRATEGIES[config.strategy], config.num_clients
     options: dict[str, Any] = {"min_train_nodes": everybody, "min_available_nodes": everybody}
+    options["fraction_evaluate"] = float(clients_evaluate)
     if clients_evaluate:
         options["min_evaluate_nodes"] = everybody
     if make is not FedAvg:
         options["checkpoint"] = config.folder or ""
-    return make(fraction_evaluate=float(clients_evaluate), **options)
+    return make(**options | read_options(config.strategy_options, make, _class_of(make)))
+
+
+def _class_of(make: Callable[..., Strategy]) -> type[FedAvg]:
+    """Return what is constructed: by a class, by a method of one, or by a part of either."""
+    found: Any = getattr(make, "func", make)
+    of: type[FedAvg] = getattr(found, "__self__", found)
+    return of

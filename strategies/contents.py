@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
 from fedkit.errors import ReplyError
 from fedkit.message import records_of
@@ -16,9 +18,8 @@ def content_of(reply: Message) -> RecordDict:
 
 
 def metrics_of(content: RecordDict) -> dict[str, float]:
-    """Return the scalar metrics of a reply; lists are the business of a metrics function of the user's."""
-    metrics = [item for record in records_of(content, MetricRecord) for item in record.items()]
-    return {key: float(value) for key, value in metrics if isinstance(value, int | float)}
+    """Return the scalar metrics of a reply."""
+    return {key: float(value) for key, value in _items(content) if isinstance(value, int | float)}
 
 
 def weight_of(reply: Message, key: str) -> float:
@@ -31,12 +32,17 @@ def weight_of(reply: Message, key: str) -> float:
 
 def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
     """Return the mean of each metric over the replies that have it, weighted by `weighted_by_key`."""
-    sums: dict[str, float] = {}
+    sums: dict[str, NDArray[np.float64]] = {}
     weights: dict[str, float] = {}
     for content in contents:
-        metrics = metrics_of(content)
-        weight = metrics.pop(weighted_by_key)
-        for key, value in metrics.items():
-            sums[key] = sums.get(key, 0.0) + weight * value
-            weights[key] = weights.get(key, 0.0) + weight
-    return MetricRecord({key: value / weights[key] for key, value in sums.items()})
+        weight = metrics_of(content)[weighted_by_key]
+        for key, value in _items(content):
+            part = weight * np.asarray(value, np.float64)
+            if key != weighted_by_key and sums.get(key, part).shape == part.shape:
+                sums[key] = sums.get(key, 0.0) + part
+                weights[key] = weights.get(key, 0.0) + weight
+    return MetricRecord({key: (value / weights[key]).tolist() for key, value in sums.items()})
+
+
+def _items(content: RecordDict) -> list[tuple[str, int | float | list[int] | list[float]]]:
+    return [item for record in records_of(content, MetricRecord) for item in record.items()]

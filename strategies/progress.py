@@ -62,6 +62,7 @@ class Progress:
             "round": server_round,
             "metrics": self._metrics,
             "params": dict(params),
+            "ordinary": strategy.border.packed,
             "downlink": strategy.downlink.remember(),
             "accepted": strategy.registry.accepted,
             "held": strategy.registry.held(),
@@ -94,6 +95,7 @@ class Progress:
         self.experiment, self._metrics = saved["experiment"], saved["metrics"]
         self.before = self.server_round = saved["round"]
         found: NamedArrays = saved["params"]
+        strategy.border.recall(saved.get("ordinary", b""))
         strategy.downlink.recall(saved["downlink"], found)
         strategy.registry.accepted = saved["accepted"]
         strategy.registry.recall(saved.get("held", {}), strategy.downlink.versions)

@@ -169,13 +169,14 @@ class Inbox:
     weight_key: str  # the metric that a reply weighs by
     heard: set[str] = field(default_factory=set)  # the clients whose reply can be used
 
-    def judge(self, replies: Iterable[Message], check: Callable[[int, Report], None]) -> list[Judged]:
-        """Return the replies that can be used, by client id; refuse the others, and those that `check` refuses."""
+    def judge(self, replies: Iterable[Message], *checks: Callable[[int, Report], None]) -> list[Judged]:
+        """Return the replies that can be used, by client id; refuse the others, and those that a check refuses."""
         judged: dict[str, Judged] = {}
         for reply in replies:
             try:
                 report = self.registry.read(reply, self.cohort.sent)
-                check(reply.metadata.src_node_id, report)
+                for check in checks:
+                    check(reply.metadata.src_node_id, report)
                 weight = weight_of(reply, self.weight_key)
                 if report.client_id in judged:
                     raise ReplyError(f"another node answered as client {report.client_id!r} already.")

@@ -21,7 +21,8 @@ from fedkit.arrays import NamedArrays
 from fedkit.codec.protocol import Quantizer
 from fedkit.codec.wire import Codec
 from fedkit.errors import ConfigError, ReplyError
-from fedkit.message import Report, from_arrays, to_arrays
+from fedkit.message import Report
+from fedkit.ordinary import split
 
 from .base import UpdateStrategy
 from .parts import PRODUCTS
@@ -89,8 +90,9 @@ class Tac(UpdateStrategy[ClusterState]):
         self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *args: Any, **kwargs: Any
     ) -> Result:
         """Run all rounds from one adapter, or from one per cluster; see Flower's `Strategy.start`."""
-        params = replicate(to_arrays(initial_arrays), self.num_clusters)
-        return super().start(grid, from_arrays(params), num_rounds, *args, **kwargs)
+        adapter, ordinary = split(initial_arrays, ())
+        params = ordinary.record(replicate(adapter, self.num_clusters))
+        return super().start(grid, params, num_rounds, *args, **kwargs)
 
     def distribute(self, params: NamedArrays, node_ids: Sequence[int]) -> Mapping[int, NamedArrays]:
         """Return, for each slot of each node, the adapter of its cluster; v^0 for a node not known yet."""

@@ -29,7 +29,7 @@ LAYERS = [  # each may import from its own layer and from those below
     {"fedkit.rounds", "fedkit.faulty"},
     {"fedkit.booking"},
     {"fedkit.broadcast", "fedkit.memory", "fedkit.state", "fedkit.checkpoint", "fedkit.ledger"},
-    {"fedkit.message", "fedkit.parcel", "fedkit.skipping", "fedkit.calls"},
+    {"fedkit.message", "fedkit.ordinary", "fedkit.parcel", "fedkit.skipping", "fedkit.calls"},
     {"fedkit.flower", "fedkit.config", "fedkit.sockets", "fedkit.files"},
     {"fedkit.codec", "fedkit.aggregation", "fedkit.faults", "fedkit.limits", "fedkit.processes"},
     {"fedkit.row_masks", "fedkit.submodels"},
@@ -120,6 +120,13 @@ def test_files_and_functions_stay_small():
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
                 assert lines <= 40, f"{path}: {node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("*/*/client_app.py")), ids=lambda p: p.parent.name
+)
+def test_an_example_s_client_is_read_in_a_minute(path):
+    assert path.read_text().count("\n") < 60
 
 
 def test_a_server_needs_no_torch():

@@ -57,6 +57,16 @@ def test_options_are_run_config_keys() -> None:
     assert [arm.config[key] for key in ("drop", "num-rounds", "num-clients")] == [0.5, 7, 4]
 
 
+def test_options_of_the_strategy_are_checked_first_and_are_not_those_of_what_it_is_compared_with() -> None:
+    options = ["--strategy", "error-feedback", "--compare", "fedavg", "--run-config"]
+    arms = plan(*options, "strategy-options='rate=0.25 missing=\"mifa\"'")
+    assert [arm.config["strategy-options"] for arm in arms] == ['rate=0.25 missing="mifa"', ""]
+    with pytest.raises(ConfigError, match=r"'rat'\. Did you mean 'rate'"):
+        plan(*options, "strategy-options='rat=0.25'")
+    with pytest.raises(ConfigError, match="product: not with ErrorFeedback"):
+        plan(*options, "strategy-options='lora=\"product\"'")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

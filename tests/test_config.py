@@ -59,3 +59,45 @@ def test_a_fault_schedule_is_json_in_the_run_config():
     assert RunConfig(seed=4).schedule() == Faults(seed=4)
     with pytest.raises(ConfigError, match=r"faults: .*'dorp'"):
         RunConfig(faults='{"dorp": 0.1}')
+
+
+def built(strategy, options=""):
+    from fedkit.strategies import build
+
+    return build(RunConfig(strategy=strategy, strategy_options=options))
+
+
+def test_the_run_config_sets_options_of_the_strategy():
+    ef = built("error-feedback", "rate=0.25 top-k=0.1 downlink-rate=0 missing='mifa' fraction-train=0.5")
+    assert (ef.codec.quantizer.rate, ef.codec.sparsifier.density, ef.downlink.codec) == (0.25, 0.1, None)
+    assert (ef.missing.by, ef.fraction_train) == ("mifa", 0.5)
+    assert built("safari", "density=0.05 rewire=1").density == 0.05
+    assert built("tac", "num-clusters=3").num_clusters == 3
+    assert built("safari-drop", "lora='ffa' active-rank=2").parts.rows.mask.active_rank == 2
+    assert built("qsgd", "bits=8").codec.quantizer.bits == 8
+    assert built("fedavg", "fraction-evaluate=0.5").fraction_evaluate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "message"),
+    [
+        ("safari", "densty=0.1", r"option of Safari 'densty'. Did you mean 'density'"),
+        ("fedavg", "rate=0.5", r"unknown option of FedAvg 'rate'"),
+        ("plain", "", r"unknown strategy 'plain'"),
+        ("aquila", "top-k=0.5", "unknown option of Aquila 'top-k'"),
+        ("safari", "density='much'", "density: expected float, got 'much'"),
+        ("safari", "density=2.0", "density must be above 0"),
+        ("error-feedback", "rate='half'", "expected float, got str"),
+        ("error-feedback", "missing='invent'", "missing: expected 'drop'"),
+        ("error-feedback", "lora='product'", "lora|product: not with ErrorFeedback"),
+        ("aquila", "active-rank=2", "row_mask: not with Aquila"),
+        ("tac", "missing='mifa'", "missing: not with Tac"),
+        ("tac", "downlink-rate=1.0", "downlink: Tac sends each node other arrays"),
+        ("error-feedback", "lora='fedsa'", "downlink: with lora='fedsa'"),
+        ("error-feedback", "rate", "strategy-options: expected key=value"),
+        ("error-feedback", "checkpoint='x'", "unknown option"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_with_the_nearest_or_the_reason(strategy, options, message):
+    with pytest.raises(ConfigError, match=message):
+        built(strategy, options)

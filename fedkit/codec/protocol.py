@@ -72,9 +72,7 @@ class Quantized(NamedTuple):
 class Quantizer(Protocol):
     """Values to levels."""
 
-    @property
-    def per_array(self) -> bool:
-        """Whether each array is its own group; else all are one."""
+    per_array: ClassVar[bool]  # whether each array is its own group; else all are one
 
     def quantize(self, parts: Sequence[NDArray[np.float32]], rng: np.random.Generator) -> Quantized:
         """Return the values of one array, or of all, each of shape (count,), as the levels of one group."""

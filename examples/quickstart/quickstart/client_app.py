@@ -38,15 +38,8 @@ def train(message: Message, context: Context) -> Message:
     seed = task.local_seed(config, server_round, partition_id)
     metrics = task.train(model, images, labels, config, seed=seed, rows=rows_of(message), profile=profile)
 
-    return Message(
-        RecordDict(
-            {
-                "arrays": from_arrays(get_adapter(model)),
-                "metrics": MetricRecord({"num-examples": len(labels), **metrics}),
-            }
-        ),
-        reply_to=message,
-    )
+    arrays, metrics = from_arrays(get_adapter(model)), MetricRecord({"num-examples": len(labels), **metrics})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
 @app.evaluate()
@@ -58,7 +51,5 @@ def evaluate(message: Message, context: Context) -> Message:
     config = parse(task.Config, context.run_config)
     share = slice(context.node_config["partition-id"], None, config.num_clients)
     metrics = kept(task.evaluator, config, share)(to_arrays(message.content.array_records["arrays"]))
-    num_examples = len(range(task.NUM_TEST)[share])
-    return Message(
-        RecordDict({"metrics": MetricRecord({"num-examples": num_examples, **metrics})}), reply_to=message
-    )
+    metrics = MetricRecord({"num-examples": len(range(task.NUM_TEST)[share]), **metrics})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
