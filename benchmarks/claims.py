@@ -37,6 +37,7 @@ class Claim:
     rows: str = ""  # its file in benchmarks/results
     value: float = 0.0  # that the function returned at that commit
     tolerance: float = 0.0  # share of it by which it may differ
+    timed: bool = False  # a time, which no test asserts
 
     @property
     def changed(self) -> bool:

@@ -47,7 +47,7 @@ def test_the_first_two_bash_blocks_are_one_line_each_and_set_up_themselves():
     assert "pip install" in run
     assert run.rstrip().endswith("fedkit run examples/quickstart")
     assert "pip install" in test
-    assert test.rstrip().endswith("pytest")
+    assert test.rstrip().endswith("pytest -n auto")
 
 
 def test_the_scheme_of_the_readme_learns_and_sends_a_tenth():
