@@ -3,7 +3,7 @@
 `fedkit run APP_DIR` runs a Flower App, once per strategy and seed, one *arm* after the other, and compares them:
 in simulation, or with `--superlink NAME` at a SuperLink that Flower's config names. Every arm leaves a directory
 with `run.json` (what was asked), `rounds.jsonl` (what happened) and `flower.log`. `fedkit resume RUN` takes up
-what was interrupted.
+what was interrupted, `fedkit report RUN` makes a page of it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from fedkit.display import live_display, show
 from fedkit.errors import ConfigError, FedkitError
 from fedkit.files import write_json
 from fedkit.launch import SuperLink
@@ -28,10 +28,14 @@ from fedkit.ledger import ROUNDS
 from fedkit.plan import Arm, Plan, plan_arms, read_app
 from fedkit.processes import end_processes
 from fedkit.record import completed, recorded
-from fedkit.report import Row, missing_table, news, read_rounds, round_table, summarise, summary_table, totals_line
+from fedkit.report import Row, read_rounds
+from fedkit.report.figures import summarise
+from fedkit.report.page import write_page
+from fedkit.report.tables import summary_table
 from fedkit.state import STATE_DIR
 from fedkit.submit import Connection
 
+REPORT = "report.html"
 RUN_MARK = "FEDKIT_RUN"  # in the environment of all that a command starts: the folder
 
 
@@ -79,6 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("resume", help="take up a `fedkit run` that did not get to its end")
     command.set_defaults(command=resume)
     command.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of the run, or of one arm in it")
+    command = commands.add_parser("report", help="write a page about runs, of any state, side by side")
+    command.set_defaults(command=report)
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or of one arm")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first RUN")
     return parser
 
 
@@ -118,6 +126,16 @@ def resume(arguments: argparse.Namespace) -> None:
         carry_out(plan, arms, out)
 
 
+def report(arguments: argparse.Namespace) -> None:
+    """Carry out `fedkit report`; raises ConfigError."""
+    out = arguments.out or arguments.runs[0] / REPORT
+    try:
+        write_page(arguments.runs, out)
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {out} ({error}). Choose another file.") from None
+    print(f"Wrote {out}: open it in a browser.")
+
+
 def carry_out(plan: Plan, arms: Sequence[Arm], out: Path) -> None:
     """Run the arms that are not completed and show all; compare, once no arm of the plan is left."""
     console = Console(highlight=False)
@@ -142,6 +160,7 @@ def carry_out(plan: Plan, arms: Sequence[Arm], out: Path) -> None:
     write_json(plan.folder / "summary.json", summary)
     if len(plan.arms) > 1:
         console.print(summary_table(summary))
+    console.print(f"See all of it: fedkit report {shlex.quote(str(out))}", soft_wrap=True)
 
 
 def run_arms(console: Console, plan: Plan, arms: Sequence[Arm]) -> None:
@@ -169,35 +188,6 @@ def resumable(out: Path) -> Iterator[None]:
     except BaseException as error:
         error.add_note(f"Take it up with: fedkit resume {shlex.quote(str(out))}")
         raise
-
-
-def show(console: Console, arm: Arm) -> None:
-    """Print what happened in an arm."""
-    rows = read_rounds(arm.run_dir / ROUNDS)
-    console.print(round_table(rows, arm.title))
-    if (missing := missing_table(rows)) is not None:
-        console.print(missing)
-    console.print(totals_line(rows), soft_wrap=True)
-
-
-@contextmanager
-def live_display(console: Console, arm: Arm) -> Iterator[Callable[[Row], None]]:
-    """Yield an `on_round` that shows how an arm gets on: a bar on a terminal, elsewhere a line per round."""
-    num_rounds = int(arm.config["num-rounds"])
-    rows = read_rounds(arm.run_dir / ROUNDS)  # of a run that is resumed; the last one may be run again
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[news]}")
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
-        done = rows[-1]["round"] if rows else 0
-        task = progress.add_task(arm.title, total=num_rounds, completed=done, news="starting")
-
-        def on_round(row: Row) -> None:
-            rows[:] = [*(old for old in rows if old["round"] < row["round"]), row]
-            progress.update(task, completed=row["round"], news=news(rows))
-            if not console.is_terminal:
-                line = f"{arm.title}  round {row['round']}/{num_rounds}  {news(rows)}"
-                console.print(line, soft_wrap=True)
-
-        yield on_round
 
 
 if __name__ == "__main__":

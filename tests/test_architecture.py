@@ -17,6 +17,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 LAYERS = [  # each may import from its own layer and from those below
     {
         "fedkit.cli",
+        "fedkit.display",
         "fedkit.plan",
         "fedkit.record",
         "fedkit.launch",
@@ -28,7 +29,7 @@ LAYERS = [  # each may import from its own layer and from those below
     {"fedkit.adapter"},
     {"fedkit.rounds", "fedkit.faulty"},
     {"fedkit.booking"},
-    {"fedkit.broadcast", "fedkit.memory", "fedkit.state", "fedkit.checkpoint", "fedkit.ledger"},
+    {"fedkit.broadcast", "fedkit.memory", "fedkit.state", "fedkit.checkpoint", "fedkit.ledger", "fedkit.entry"},
     {"fedkit.message", "fedkit.parcel", "fedkit.skipping", "fedkit.calls"},
     {"fedkit.flower", "fedkit.config", "fedkit.sockets", "fedkit.files"},
     {"fedkit.codec", "fedkit.aggregation", "fedkit.faults", "fedkit.limits", "fedkit.processes"},

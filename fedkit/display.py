@@ -1,0 +1,43 @@
+"""What `fedkit run` shows of an arm, while it runs and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from fedkit.ledger import ROUNDS
+from fedkit.plan import Arm
+from fedkit.report import Row, read_rounds
+from fedkit.report.tables import missing_table, news, round_table, totals_line
+
+
+def show(console: Console, arm: Arm) -> None:
+    """Print what happened in an arm."""
+    rows = read_rounds(arm.run_dir / ROUNDS)
+    console.print(round_table(rows, arm.title))
+    if (missing := missing_table(rows)) is not None:
+        console.print(missing)
+    console.print(totals_line(rows), soft_wrap=True)
+
+
+@contextmanager
+def live_display(console: Console, arm: Arm) -> Iterator[Callable[[Row], None]]:
+    """Yield an `on_round` that shows how an arm gets on: a bar on a terminal, elsewhere a line per round."""
+    num_rounds = int(arm.config["num-rounds"])
+    rows = read_rounds(arm.run_dir / ROUNDS)  # of a run that is resumed; the last one may be run again
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[news]}")
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
+        done = rows[-1]["round"] if rows else 0
+        task = progress.add_task(arm.title, total=num_rounds, completed=done, news="starting")
+
+        def on_round(row: Row) -> None:
+            rows[:] = [*(old for old in rows if old["round"] < row["round"]), row]
+            progress.update(task, completed=row["round"], news=news(rows))
+            if not console.is_terminal:
+                line = f"{arm.title}  round {row['round']}/{num_rounds}  {news(rows)}"
+                console.print(line, soft_wrap=True)
+
+        yield on_round
