@@ -2,8 +2,8 @@
 
 `fedkit run APP_DIR` runs a Flower App, once per strategy and seed, one *arm* after the other, and compares them:
 in simulation, or with `--superlink NAME` at a SuperLink that Flower's config names. Every arm leaves a directory
-with `run.json` (what was asked), `rounds.jsonl` (what happened) and `flower.log`. `fedkit resume RUN` takes up
-what was interrupted, `fedkit report RUN` makes a page of it.
+with `run.json` (what was asked), `rounds.jsonl` (what happened) and `flower.log`. `fedkit plan` says before what a
+run will cost, `fedkit resume RUN` takes up what was interrupted, `fedkit report RUN` makes a page of it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from rich.console import Console
 from fedkit.display import live_display, show
 from fedkit.errors import ConfigError, FedkitError
 from fedkit.files import write_json
+from fedkit.forecast import forecast, forecast_table, remarks
 from fedkit.launch import SuperLink
 from fedkit.ledger import ROUNDS
+from fedkit.plan import NAME as PLAN
 from fedkit.plan import Arm, Plan, plan_arms, read_app
 from fedkit.processes import end_processes
 from fedkit.record import completed, recorded
@@ -71,7 +73,24 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("run", help="run a Flower App, in simulation or at a SuperLink, and compare")
     command.set_defaults(command=run)
-    command.add_argument("app_dir", type=Path, metavar="APP_DIR", help="directory with the app's pyproject.toml")
+    add_run_options(command, "APP_DIR", "directory with the app's pyproject.toml")
+    command = commands.add_parser("resume", help="take up a `fedkit run` that did not get to its end")
+    command.set_defaults(command=resume)
+    command.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of the run, or of one arm in it")
+    command = commands.add_parser("plan", help="say what a run will cost, before it is run")
+    command.set_defaults(command=foresee)
+    add_run_options(command, "APP", "as in `fedkit run`, or the folder of a run")
+    command.add_argument("--rehearse", type=int, default=3, metavar="N", help="rounds to play; default: 3")
+    command = commands.add_parser("report", help="write a page about runs, of any state, side by side")
+    command.set_defaults(command=report)
+    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or of one arm")
+    command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first RUN")
+    return parser
+
+
+def add_run_options(command: argparse.ArgumentParser, name: str, meaning: str) -> None:
+    """Add what `fedkit run` and `fedkit plan` have in common."""
+    command.add_argument("app_dir", type=Path, metavar=name, help=meaning)
     command.add_argument("--strategy", metavar="NAME", help="run-config key `strategy`")
     command.add_argument("--compare", metavar="NAME", help="run this strategy too, and compare with it")
     command.add_argument("--seeds", type=int, default=1, metavar="N", help="run each strategy with N seeds")
@@ -80,14 +99,6 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--run-config", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     command.add_argument("--superlink", metavar="NAME", help="one of Flower's config; default: simulation here")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: fedkit-runs/APP-TIME")
-    command = commands.add_parser("resume", help="take up a `fedkit run` that did not get to its end")
-    command.set_defaults(command=resume)
-    command.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of the run, or of one arm in it")
-    command = commands.add_parser("report", help="write a page about runs, of any state, side by side")
-    command.set_defaults(command=report)
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or of one arm")
-    command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first RUN")
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -95,15 +106,46 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises ConfigError before anything starts, LaunchError for the first run that fails.
     """
+    plan, out = new_plan(arguments)
+    plan.save()
+    with plan.locked():
+        carry_out(plan, plan.arms, out)
+
+
+def new_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
+    """Return what the options of `fedkit run` ask for, and its folder as the user calls it; raises ConfigError."""
     app, defaults = read_app(arguments.app_dir)
     out = arguments.out or Path("fedkit-runs", f"{app}-{time.strftime('%Y%m%d-%H%M%S')}")
     arms = plan_arms(arguments, defaults, out.resolve())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: expected a new or an empty directory, got {out}. Choose another one.")
     plan = Plan(out.resolve(), app, arguments.app_dir.resolve(), arguments.compare, arms, arguments.superlink)
-    plan.save()
-    with plan.locked():
-        carry_out(plan, plan.arms, out)
+    return plan, out
+
+
+def foresee(arguments: argparse.Namespace) -> None:
+    """Carry out `fedkit plan`: print what a run will cost; keep it with the run, or with the plan of one to come.
+
+    Raises
+    ------
+    ConfigError
+        As `run`.
+    LaunchError
+        If the app's server cannot be rehearsed here.
+    """
+    begun = (arguments.app_dir / PLAN).exists()
+    plan, out = (Plan.load(arguments.app_dir), arguments.app_dir) if begun else new_plan(arguments)
+    if arguments.rehearse < 1:
+        raise ConfigError(f"--rehearse: expected at least 1 round, got {arguments.rehearse}.")
+    forecasts = forecast(plan, arguments.rehearse)
+    Console(highlight=False).print(forecast_table(forecasts), *remarks(forecasts), sep="\n")
+    if not begun and not arguments.out:
+        return
+    if not begun:
+        plan.save()
+        print(f"Kept in {out}/. Carry it out with: fedkit resume {shlex.quote(str(out))}")
+    for arm in plan.arms:
+        forecasts[arm.strategy].save(arm.run_dir)
 
 
 def resume(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,8 @@ LAYERS = [  # each may import from its own layer and from those below
     {
         "fedkit.cli",
         "fedkit.display",
+        "fedkit.forecast",
+        "fedkit.rehearsal",
         "fedkit.plan",
         "fedkit.record",
         "fedkit.launch",
@@ -28,7 +30,7 @@ LAYERS = [  # each may import from its own layer and from those below
     {"fedkit.strategies", "fedkit.clients"},
     {"fedkit.adapter"},
     {"fedkit.rounds", "fedkit.faulty"},
-    {"fedkit.booking"},
+    {"fedkit.booking", "fedkit.in_process"},
     {"fedkit.broadcast", "fedkit.memory", "fedkit.state", "fedkit.checkpoint", "fedkit.ledger", "fedkit.entry"},
     {"fedkit.message", "fedkit.parcel", "fedkit.skipping", "fedkit.calls"},
     {"fedkit.flower", "fedkit.config", "fedkit.sockets", "fedkit.files"},

@@ -30,14 +30,14 @@ def grid(**options):
 )
 def test_the_ledger_holds_the_size_of_every_object_that_travelled(make, monkeypatch):
     sizes = []
-    answer = InProcessGrid._answer
+    answer = InProcessGrid.answer
 
     def spy(self, message):
         reply = answer(self, message)
         sizes.append((sum(map(len, deflate(message)[1].values())), sum(map(len, deflate(reply)[1].values()))))
         return reply
 
-    monkeypatch.setattr(InProcessGrid, "_answer", spy)
+    monkeypatch.setattr(InProcessGrid, "answer", spy)
     wrapped = grid()
     make().start(wrapped, initial(), num_rounds=2)
     totals = [wrapped.ledger.round_totals(k) for k in (1, 2)]

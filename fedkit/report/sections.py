@@ -125,12 +125,12 @@ def forecasts(series: Sequence[Series]) -> Markup | None:
             for key in ("uplink-bytes", "downlink-bytes", "missing") if done else ():
                 told, found = total([known[row["round"]] for row in done], key), total(done, key)
                 ratio = times_less(told, found)
-                written = str if key == "missing" else format_bytes
-                off = f"{100 * (ratio - 1):+.1f} %" if ratio else DASH
+                percent = f"{100 * (ratio - 1):+.1f} %".replace("-0.0", "+0.0") if ratio else DASH
+                written, off = (str, f"{told - found:+d}") if key == "missing" else (format_bytes, percent)
                 name = joined([swatch(one.number), f"{arm.title}, {key.removesuffix('-bytes')}"])
                 rows.append([name, written(told), written(found), off])
     heads = ["", "predicted", "measured", "off by"]
-    return table(heads, rows, "`fedkit plan` beside the run, over the rounds that were run") if rows else None
+    return table(heads, rows, "What fedkit plan expected, over the rounds that were run") if rows else None
 
 
 def settings(series: Sequence[Series]) -> list[Markup]:
