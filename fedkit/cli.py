@@ -81,6 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(command=foresee)
     add_run_options(command, "APP", "as in `fedkit run`, or the folder of a run")
     command.add_argument("--rehearse", type=int, default=3, metavar="N", help="rounds to play; default: 3")
+    command.add_argument(
+        "--train", action="store_true", help="let the clients train in them, which takes its time"
+    )
     command = commands.add_parser("report", help="write a page about runs, of any state, side by side")
     command.set_defaults(command=report)
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or of one arm")
@@ -137,7 +140,7 @@ def foresee(arguments: argparse.Namespace) -> None:
     plan, out = (Plan.load(arguments.app_dir), arguments.app_dir) if begun else new_plan(arguments)
     if arguments.rehearse < 1:
         raise ConfigError(f"--rehearse: expected at least 1 round, got {arguments.rehearse}.")
-    forecasts = forecast(plan, arguments.rehearse)
+    forecasts = forecast(plan, arguments.rehearse, train=arguments.train)
     Console(highlight=False).print(forecast_table(forecasts), *remarks(forecasts), sep="\n")
     if not begun and not arguments.out:
         return

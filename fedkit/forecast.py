@@ -56,8 +56,10 @@ class Forecast:
         write_json(folder / FORECAST, {**about, **needs, "rounds": self.rounds})
 
 
-def forecast(plan: Plan, rounds: int) -> dict[str, Forecast]:
+def forecast(plan: Plan, rounds: int, *, train: bool = False) -> dict[str, Forecast]:
     """Return what each strategy of a plan will cost, by a rehearsal of so many rounds with its first seed.
+
+    With `train`, the clients train in it.
 
     Raises
     ------
@@ -67,12 +69,12 @@ def forecast(plan: Plan, rounds: int) -> dict[str, Forecast]:
     first: dict[str, Arm] = {}
     for arm in plan.arms:
         first.setdefault(arm.strategy, arm)
-    return {name: _of(arm, plan.app_dir, rounds) for name, arm in first.items()}
+    return {name: _of(arm, plan.app_dir, rounds, train) for name, arm in first.items()}
 
 
-def _of(arm: Arm, app_dir: Path, rounds: int) -> Forecast:
+def _of(arm: Arm, app_dir: Path, rounds: int, train: bool) -> Forecast:
     wanted = int(arm.config["num-rounds"])
-    found = _rehearse(app_dir, arm.config, min(rounds, wanted))
+    found = _rehearse(app_dir, arm.config, min(rounds, wanted), train)
     scale = int(arm.config["num-clients"]) / found["clients"]
     rows = [{**row, **{key: round(scale * row[key]) for key in COUNTS}} for row in found["rounds"]]
     return Forecast(
@@ -97,18 +99,19 @@ def prolonged(rows: Sequence[Row], num_rounds: int, *, drop: float = 0.0) -> lis
     return [*rows, *({"round": k, **mean} for k in range(len(rows) + 1, num_rounds + 1))]
 
 
-def _rehearse(app_dir: Path, config: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+def _rehearse(app_dir: Path, config: Mapping[str, Any], rounds: int, train: bool) -> dict[str, Any]:
     """Return what `fedkit.rehearsal` finds, in a process of its own: apps import what they like."""
     with tempfile.TemporaryDirectory(prefix="fedkit-plan-") as folder:
         task, out, log = (Path(folder, name) for name in ("task.json", "found.json", "log"))
-        write_json(task, {"app-dir": str(app_dir), "config": dict(config), "rounds": rounds})
+        write_json(task, {"app-dir": str(app_dir), "config": dict(config), "rounds": rounds, "train": train})
         with log.open("wb") as file:
             command = [sys.executable, "-m", "fedkit.rehearsal", str(task), str(out)]
             done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False)
         if done.returncode:
             raise LaunchError(
                 f"{config['strategy']}: the app's server cannot be rehearsed here:\n{log_tail(log)}\n"
-                "`fedkit plan` needs what the server needs. A deployment can be planned where the server runs."
+                "`fedkit plan` needs what the server needs: plan a deployment where its server runs. If it cannot "
+                "do with clients that do not train, give --train."
             )
         found: dict[str, Any] = json.loads(out.read_text("utf-8"))
     return found
@@ -141,4 +144,4 @@ def remarks(forecasts: Mapping[str, Forecast]) -> list[str]:
         lines.append(f"{name}: {missing} of {asked} replies missing; a client keeps {keeps} between rounds,")
         lines.append(f"  and needs {needs} at once, besides its model and training.")
     rehearsed = max(each.rehearsed for each in forecasts.values())
-    return [*lines, f"{rehearsed} rounds were rehearsed, without training. Clients that skip a round send less."]
+    return [*lines, f"{rehearsed} rounds were rehearsed. Clients that skip a round send less."]

@@ -3,7 +3,8 @@
 The server is the app's, with its strategy and its initial arrays; the clients have the app's mods, and in place
 of its training a random step of the same shapes. So all that is sent is coded, serialised and counted as in a run,
 and nothing is learnt. What it takes to run the server must be installed here, and be found where the server looks
-for it; no client's data is needed. The rehearsal is a process of its own, ``python -m fedkit.rehearsal TASK OUT``.
+for it; no client's data is needed, unless the clients shall train. The rehearsal is a process of its own,
+``python -m fedkit.rehearsal TASK OUT``.
 """
 
 from __future__ import annotations
@@ -44,11 +45,25 @@ class EnoughError(BaseException):
 
 
 class Rehearsal(InProcessGrid):
-    """A Grid that books what its nodes are sent and answer, and ends the server after some rounds."""
+    """A Grid that books what its nodes are sent and answer, and ends the server after some rounds.
 
-    def __init__(self, app: ClientApp, config: Mapping[str, Scalar], clients: int, rounds: int) -> None:
+    Parameters
+    ----------
+    app : ClientApp
+        The app's own, with its mods.
+    config : mapping
+        The run config.
+    clients, rounds : int
+        How many there are.
+    train : bool
+        Let `app` answer, in place of a stand-in.
+    """
+
+    def __init__(
+        self, app: ClientApp, config: Mapping[str, Scalar], clients: int, rounds: int, *, train: bool
+    ) -> None:
         self.rounds, self.ledger, self.peak, self.values = rounds, Ledger(), 0, 0
-        self._booking, self._app, self._stand_in = Booking(self.ledger), app, stand_in(app)
+        self._booking, self._app, self._client = Booking(self.ledger), app, app if train else stand_in(app)
         super().__init__([self._answer_of] * clients, config)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -70,15 +85,15 @@ class Rehearsal(InProcessGrid):
         return reply
 
     def _answer_of(self, message: Message, context: Context) -> Message:
-        """Return the app's own answer to a question, else the stand-in's, whose memory is measured once."""
+        """Return the app's own answer to a question, else that of who trains, whose memory is measured once."""
         kind = message.metadata.message_type
         if kind.split(".")[0] == MessageType.QUERY:
             return self._app(message, context)
         if kind != MessageType.TRAIN or self.peak or round_of(message) < self.rounds:
-            return self._stand_in(message, context)
+            return self._client(message, context)
         tracemalloc.start()
         try:
-            reply = self._stand_in(message, context)
+            reply = self._client(message, context)
             self.peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -118,10 +133,12 @@ def random_step(arrays: NamedArrays, rng: np.random.Generator) -> dict[str, Any]
     return {name: a + STEP * rng.standard_normal(a.shape, np.float32) for name, a in arrays.items()}
 
 
-def rehearse(app_dir: Path, config: Mapping[str, Scalar], rounds: int, folder: Path) -> dict[str, Any]:
+def rehearse(
+    app_dir: Path, config: Mapping[str, Scalar], rounds: int, folder: Path, *, train: bool = False
+) -> dict[str, Any]:
     """Return what was sent in the first rounds of a run with `config`, counted, and what a client needs.
 
-    `folder` is for what the server writes.
+    `folder` is for what the server writes; with `train`, the clients train, and need their data.
     """
     sys.path.insert(0, str(app_dir))
     names = tomllib.loads((app_dir / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]["components"]
@@ -131,7 +148,7 @@ def rehearse(app_dir: Path, config: Mapping[str, Scalar], rounds: int, folder: P
     if "faults" in config:
         config["faults"] = ""
     os.environ.pop(STATE_DIR, None)  # what clients remember stays in their Contexts
-    grid = Rehearsal(client, config, clients, rounds)
+    grid = Rehearsal(client, config, clients, rounds, train=train)
     empty = len(context_to_bytes(grid.contexts[1000]))
     with task_identity(run_id=1, node_id=1):
         context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config))
@@ -175,7 +192,8 @@ def _load(name: str, kind: type[Any]) -> Any:
 def main() -> None:
     """Read what to rehearse, do it, and write what came of it, beside it."""
     task = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    found = rehearse(Path(task["app-dir"]), task["config"], task["rounds"], Path(sys.argv[1]).parent)
+    folder, train = Path(sys.argv[1]).parent, task["train"]
+    found = rehearse(Path(task["app-dir"]), task["config"], task["rounds"], folder, train=train)
     Path(sys.argv[2]).write_text(json.dumps(found), "utf-8")
 
 
