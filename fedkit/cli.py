@@ -9,23 +9,28 @@ run will cost, `fedkit resume RUN` takes up what was interrupted, `fedkit report
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 
-from fedkit.display import live_display, show
+from fedkit.display import finding_line, live_display, show
+from fedkit.doctor import examine
 from fedkit.errors import ConfigError, FedkitError
 from fedkit.files import write_json
 from fedkit.forecast import forecast, forecast_table, remarks
 from fedkit.launch import SuperLink
 from fedkit.ledger import ROUNDS
+from fedkit.options import build_parser
 from fedkit.plan import NAME as PLAN
 from fedkit.plan import Arm, Plan, plan_arms, read_app
 from fedkit.processes import end_processes
@@ -42,13 +47,16 @@ RUN_MARK = "FEDKIT_RUN"  # in the environment of all that a command starts: the 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, 1 a run failed, 2 a wrong option, 130 interrupted."""
+    """Run the command line; return the exit code.
+
+    0; 1 a run failed, or `doctor` found a problem; 2 a wrong option; 130 interrupted.
+    """
     arguments = build_parser().parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         # An exception, so that every `with` and `finally` runs; the exit code is a shell's.
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        arguments.command(arguments)
+        return COMMANDS[arguments.command](arguments) or 0
     except FedkitError as error:
         complain(str(error), error)
         return 2 if isinstance(error, ConfigError) else 1
@@ -58,50 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         complain("terminated.", error)
         raise
-    return 0
 
 
 def complain(text: str, error: BaseException) -> None:
     """Print what is wrong, and the notes that say what to do."""
     print("\n".join([f"fedkit: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `fedkit`'s command line."""
-    parser = argparse.ArgumentParser(prog="fedkit", description="Federated fine-tuning with Flower.")
-    parser.add_argument("--version", action="version", version=f"fedkit {version('fedkit')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("run", help="run a Flower App, in simulation or at a SuperLink, and compare")
-    command.set_defaults(command=run)
-    add_run_options(command, "APP_DIR", "directory with the app's pyproject.toml")
-    command = commands.add_parser("resume", help="take up a `fedkit run` that did not get to its end")
-    command.set_defaults(command=resume)
-    command.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of the run, or of one arm in it")
-    command = commands.add_parser("plan", help="say what a run will cost, before it is run")
-    command.set_defaults(command=foresee)
-    add_run_options(command, "APP", "as in `fedkit run`, or the folder of a run")
-    command.add_argument("--rehearse", type=int, default=3, metavar="N", help="rounds to play; default: 3")
-    command.add_argument(
-        "--train", action="store_true", help="let the clients train in them, which takes its time"
-    )
-    command = commands.add_parser("report", help="write a page about runs, of any state, side by side")
-    command.set_defaults(command=report)
-    command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or of one arm")
-    command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first RUN")
-    return parser
-
-
-def add_run_options(command: argparse.ArgumentParser, name: str, meaning: str) -> None:
-    """Add what `fedkit run` and `fedkit plan` have in common."""
-    command.add_argument("app_dir", type=Path, metavar=name, help=meaning)
-    command.add_argument("--strategy", metavar="NAME", help="run-config key `strategy`")
-    command.add_argument("--compare", metavar="NAME", help="run this strategy too, and compare with it")
-    command.add_argument("--seeds", type=int, default=1, metavar="N", help="run each strategy with N seeds")
-    command.add_argument("--drop", type=float, metavar="P", help="probability that a reply is lost")
-    command.add_argument("--rounds", type=int, metavar="N", help="run-config key `num-rounds`")
-    command.add_argument("--run-config", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    command.add_argument("--superlink", metavar="NAME", help="one of Flower's config; default: simulation here")
-    command.add_argument("--out", type=Path, metavar="DIR", help="default: fedkit-runs/APP-TIME")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -181,6 +150,16 @@ def report(arguments: argparse.Namespace) -> None:
     print(f"Wrote {out}: open it in a browser.")
 
 
+def doctor(arguments: argparse.Namespace) -> int:
+    """Carry out `fedkit doctor`; return 1 if it found a problem, else 0."""
+    findings = list(examine(arguments.app_dir))
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        Console(highlight=False).print(*map(finding_line, findings), sep="\n", soft_wrap=True)
+    return int(any(finding.level == "problem" for finding in findings))
+
+
 def carry_out(plan: Plan, arms: Sequence[Arm], out: Path) -> None:
     """Run the arms that are not completed and show all; compare, once no arm of the plan is left."""
     console = Console(highlight=False)
@@ -234,6 +213,14 @@ def resumable(out: Path) -> Iterator[None]:
         error.add_note(f"Take it up with: fedkit resume {shlex.quote(str(out))}")
         raise
 
+
+COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int | None]]] = {
+    "run": run,
+    "resume": resume,
+    "plan": foresee,
+    "report": report,
+    "doctor": doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,17 +1,28 @@
-"""What `fedkit run` shows of an arm, while it runs and after it."""
+"""What is shown on a terminal: an arm while it runs and after it, and what `fedkit doctor` finds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from fedkit.doctor import Finding
 from fedkit.ledger import ROUNDS
 from fedkit.plan import Arm
 from fedkit.report import Row, read_rounds
 from fedkit.report.tables import missing_table, news, round_table, totals_line
+
+SIGNS: Final = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
+
+
+def finding_line(finding: Finding) -> str:
+    """Return a finding, and on a line of its own what to do, in Rich's markup."""
+    line = f"{SIGNS[finding.level]} [bold]{escape(finding.what)}[/]: {escape(finding.found)}"
+    return f"{line}\n    {escape(finding.advice)}" if finding.advice else line
 
 
 def show(console: Console, arm: Arm) -> None:

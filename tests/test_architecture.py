@@ -18,6 +18,8 @@ LAYERS = [  # each may import from its own layer and from those below
     {
         "fedkit.cli",
         "fedkit.display",
+        "fedkit.doctor",
+        "fedkit.options",
         "fedkit.forecast",
         "fedkit.rehearsal",
         "fedkit.plan",
