@@ -41,6 +41,7 @@ from fedkit.report.page import write_page
 from fedkit.report.tables import summary_table
 from fedkit.state import STATE_DIR
 from fedkit.submit import Connection
+from fedkit.trackers import TRACKERS, check_trackers, tracking
 
 REPORT = "report.html"
 RUN_MARK = "FEDKIT_RUN"  # in the environment of all that a command starts: the folder
@@ -91,7 +92,10 @@ def new_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
     arms = plan_arms(arguments, defaults, out.resolve())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: expected a new or an empty directory, got {out}. Choose another one.")
-    plan = Plan(out.resolve(), app, arguments.app_dir.resolve(), arguments.compare, arms, arguments.superlink)
+    wanted = {name: vars(arguments)[name] for name in TRACKERS}
+    trackers = check_trackers({name: target for name, target in wanted.items() if target})
+    app_dir, folder = arguments.app_dir.resolve(), out.resolve()
+    plan = Plan(folder, app, app_dir, arguments.compare, arms, arguments.superlink, trackers=trackers)
     return plan, out
 
 
@@ -191,9 +195,23 @@ def run_arms(console: Console, plan: Plan, arms: Sequence[Arm]) -> None:
     """Run the arms, one after the other; raises LaunchError for the first that fails."""
     with superlink_of(plan) as superlink:
         for arm in arms:
-            with recorded(arm, plan.app, plan.app_dir), live_display(console, arm) as on_round:
-                superlink.run(plan.app_dir, arm.config, arm.run_dir, on_round)
+            with (
+                recorded(arm, plan.app, plan.app_dir),
+                tracking(arm, plan.app, plan.trackers) as track,
+                live_display(console, arm) as tell,
+            ):
+                superlink.run(plan.app_dir, arm.config, arm.run_dir, in_turn(tell, track))
             show(console, arm)
+
+
+def in_turn(*takers: Callable[[Row], None]) -> Callable[[Row], None]:
+    """Return what hands a round to each of some callables."""
+
+    def take(row: Row) -> None:
+        for taker in takers:
+            taker(row)
+
+    return take
 
 
 def superlink_of(plan: Plan) -> Connection:

@@ -42,3 +42,5 @@ def add_run_options(command: argparse.ArgumentParser, name: str, meaning: str) -
     command.add_argument("--run-config", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     command.add_argument("--superlink", metavar="NAME", help="one of Flower's config; default: simulation here")
     command.add_argument("--out", type=Path, metavar="DIR", help="default: fedkit-runs/APP-TIME")
+    command.add_argument("--tensorboard", metavar="DIR", help="write event files there, too, round by round")
+    command.add_argument("--mlflow", metavar="URI", help="log to this tracking server, too, round by round")

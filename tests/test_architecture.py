@@ -28,6 +28,7 @@ LAYERS = [  # each may import from its own layer and from those below
         "fedkit.submit",
         "fedkit.follow",
         "fedkit.report",
+        "fedkit.trackers",
     },
     {"fedkit.strategies", "fedkit.clients"},
     {"fedkit.adapter"},

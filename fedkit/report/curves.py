@@ -8,7 +8,7 @@ from .axes import Axis
 from .figures import Row, format_bytes
 from .markup import Markup, figure, folded, joined, table
 from .plots import Curve, plot
-from .series import Point, Series, measured, number
+from .series import Point, Series, measured
 from .tables import thin_out
 
 BOTH = ("uplink-bytes", "downlink-bytes")
@@ -25,7 +25,7 @@ MANY_TIMES, FAR_APART = 6, 30  # bytes so far, and in a round, that differ by mo
 
 def accuracy_plots(series: Sequence[Series]) -> list[Markup]:
     """Return accuracy against rounds, bytes up, and all bytes; nothing, if there was no evaluation."""
-    curves = {one.number: one.curve(lambda row: number(row, "accuracy")) for one in series}
+    curves = {one.number: one.curve("accuracy") for one in series}
     if not any(curves.values()):
         return []
     plots = [_against_rounds(series, curves, "Accuracy", "After each round", _share)]
@@ -38,7 +38,7 @@ def traffic_plots(series: Sequence[Series]) -> list[Markup]:
     """Return the bytes of each round, up and down, beside what was predicted."""
     plots = []
     for title, key in (("Uplink", "uplink-bytes"), ("Downlink", "downlink-bytes")):
-        curves = {one.number: _after_0(one.curve(lambda row, key=key: number(row, key))) for one in series}
+        curves = {one.number: _after_0(one.curve(key)) for one in series}
         forecasts = [(one, _forecast(one, key)) for one in series]
         faint = [
             Curve(
@@ -63,7 +63,7 @@ def measured_plots(series: Sequence[Series]) -> list[Markup]:
     """Return what else was measured, against rounds: losses, and the effective rank of the adapters."""
     plots = []
     for key in measured(series):
-        curves = {one.number: one.curve(lambda row, key=key: number(row, key)) for one in series}
+        curves = {one.number: one.curve(key) for one in series}
         title = NAMES.get(key, "Effective rank of the adapters" if "effective-rank" in key else key)
         about = "Mean over the clients that trained" if key.startswith("train/") else ABOUT.get(key, "")
         plots.append(_against_rounds(series, curves, title, about, _plain))

@@ -65,6 +65,7 @@ def _body(arms: Sequence[ArmRecord], series: Sequence[Series]) -> list[Markup]:
         for k, arm in enumerate(arms)
         if (found := cluster_map(arm, f"map-{k}")) is not None
     ]
+    learning = measured_plots(series)
     return [
         sections.states(arms),
         _section("Summary", "", sections.summary(series)),
@@ -72,7 +73,7 @@ def _body(arms: Sequence[ArmRecord], series: Sequence[Series]) -> list[Markup]:
         _section("Traffic", "", _grid(traffic_plots(series)), *([forecasts] if forecasts else [])),
         _section("Clients", "Bytes that each client sent up in each round.", *_clients(series)),
         *([_section("Clusters", "Which adapters were averaged with each other.", *clusters)] if clusters else []),
-        *([_section("Learning", "", _grid(found))] if (found := measured_plots(series)) else []),
+        *([_section("Learning", "", _grid(learning))] if learning else []),
         _section(
             "Ledger",
             "What was sent: in bits that an ideal coder needs, in frames, and in all.",

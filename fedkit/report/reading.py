@@ -139,7 +139,7 @@ def _by_client(
 ) -> tuple[list[Row], list[Mapping[str, Any]]]:
     """Return rounds and messages with the names that nodes got later, when they had answered."""
     names = {str(entry["node-id"]): str(entry["client"]) for entry in entries}
-    known = [
+    known: list[Row] = [
         {
             **row,
             MISSING_CLIENTS: [names.get(name, name) for name in row.get(MISSING_CLIENTS, ())],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,12 +33,12 @@ class Series:
         """The arms that have got anywhere."""
         return [arm for arm in self.arms if arm.rows]
 
-    def curve(self, value: Callable[[Row], float | None]) -> list[Point]:
-        """Return a value in each round that has it."""
+    def curve(self, key: str) -> list[Point]:
+        """Return a number in each round that has it; `key` as in `number`."""
         found: dict[int, list[float]] = {}
         for arm in self.arms:
             for row in arm.rows:
-                if (here := value(row)) is not None:
+                if (here := number(row, key)) is not None:
                     found.setdefault(row["round"], []).append(here)
         return [Point(k, statistics.fmean(found[k]), min(found[k]), max(found[k])) for k in sorted(found)]
 

@@ -90,7 +90,7 @@ def test_what_others_wrote_is_text_and_never_markup(tmp_path: Path) -> None:
 def test_each_line_is_a_mean_over_seeds_and_each_band_goes_from_the_lowest_to_the_highest(tmp_path: Path) -> None:
     write_run(tmp_path / "run", seeds=3)
     aquila, fedavg = group(read_arms([tmp_path / "run"]))
-    points = aquila.curve(lambda row: row["accuracy"])
+    points = aquila.curve("accuracy")
     assert [(p.server_round, round(p.mean, 3), round(p.low, 3), round(p.high, 3)) for p in points[:2]] == [
         (0, 0.22, 0.2, 0.24),
         (1, 0.37, 0.35, 0.39),
