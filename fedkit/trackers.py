@@ -1,8 +1,8 @@
 """Rounds in TensorBoard and MLflow, as they come, beside the JSON lines that are always written.
 
 A tracker gets every number of a round: the metrics, the counts, the bytes, and what clients measured in training
-as ``train/NAME``. It follows what `fedkit run` follows: runs at a SuperLink are tracked as well as simulations. One
-that fails while a run goes on is given up with a warning.
+as ``train/NAME``. It follows what `fedkit run` follows: runs at a SuperLink are tracked, too. One that fails
+while a run goes on is given up with a warning.
 """
 
 from __future__ import annotations
