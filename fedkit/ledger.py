@@ -64,10 +64,14 @@ class Ledger:
         elif node_id in self._uplink:
             self._uplink[node_id].ideal_bits = bits
 
-    def mark(self, node_id: int, fate: Fate) -> None:
-        """Say what became of a node's last message up."""
+    def judge(self, server_round: int, node_id: int, fate: Fate) -> None:
+        """Say what became of a node's last message up, and count it in the round: skips and rejected ones."""
         if node_id in self._uplink:
             self._uplink[node_id].fate = fate
+        if fate == "skip":
+            self.note(server_round, skips=1)
+        elif fate == "rejected":
+            self.note(server_round, rejected=1, replies=-1)
 
     def note(self, server_round: int, **counts: int) -> None:
         """Add to the counts of a round: asked, replies, skips, missing, rejected, late."""
@@ -149,9 +153,13 @@ class Ledger:
         self._all = entries
         self._journals[path], self._start = len(entries), time.monotonic() - seconds
 
-    def measure(self, server_round: int, metrics: Mapping[str, Any]) -> None:
-        """Say what the clients measured in a round."""
+    def measure(self, server_round: int, metrics: MetricRecord) -> None:
+        """Say what the clients measured when they evaluated a round."""
         self._measured.setdefault(server_round, {}).update(metrics)
+
+    def trained(self, server_round: int, metrics: MetricRecord) -> None:
+        """Say what the clients measured when they trained, and the aggregation when it was done."""
+        self._measured.setdefault(server_round, {})[TRAIN] = dict(metrics)
 
     def recording(self, evaluate_fn: EvaluateFn | None, *, to: str | Path | None) -> EvaluateFn:
         """Return an `evaluate_fn` that also logs each round, and records it in the folder `to`, if there is one.

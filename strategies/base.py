@@ -22,7 +22,7 @@ from fedkit.arrays import NamedArrays
 from fedkit.broadcast import ALL_NONZERO, TWO_BITS
 from fedkit.checkpoint import Tree
 from fedkit.codec.wire import Codec
-from fedkit.ledger import TRAIN, EvaluateFn
+from fedkit.ledger import EvaluateFn
 from fedkit.limits import Limits
 from fedkit.message import Report, from_arrays, to_arrays
 from fedkit.row_masks import RowMask
@@ -222,8 +222,7 @@ class UpdateStrategy(Asking, Generic[S]):
         params = self.downlink.advance(step.params, server_round)
         record = self.train_metrics_aggr_fn(contents, self.weighted_by_key) if contents else MetricRecord()
         record.update(step.metrics)
-        self.progress.note("train", server_round, record)
-        self.ledger.measure(server_round, {TRAIN: dict(record)})
+        self._note_training(server_round, record)
         return from_arrays(params), record
 
     def configure_evaluate(

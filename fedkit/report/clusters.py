@@ -65,9 +65,10 @@ def _frame(frame: Mapping[str, Any], low: Sequence[float], span: float, *, shown
             continue
         (client, slot), cluster = key_of(adapter), int(adapter.get("cluster", -1))
         x, y = EDGE + (adapter["x"] - low[0]) * scale, SIZE - EDGE - (adapter["y"] - low[1]) * scale
-        shape = tag("path", d=SHAPES[slot % len(SHAPES)], class_=f"dot {colour(cluster)}")
+        kind = "aside" if adapter.get("aside") else "dot"
+        shape = tag("path", d=SHAPES[slot % len(SHAPES)], class_=f"{kind} {colour(cluster)}")
         text = tag("text", short(client), x=9, y=4)
-        words = tag("title", f"client {client}, slot {slot}: cluster {cluster}")
+        words = tag("title", f"client {client}, slot {slot}: cluster {cluster}{', set aside' * (kind == 'aside')}")
         marks.append(tag("g", words, shape, text, transform=f"translate({x:.1f} {y:.1f})"))
     hidden = None if shown else "none"
     return tag("g", *marks, display=hidden, data_caption=_caption(frame))
