@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .axes import Axis
 from .figures import Row, format_bytes
-from .markup import Markup, figure, folded, joined, table
+from .markup import Markup, figure, folded, table
 from .plots import Curve, plot
 from .series import Point, Series, measured
 from .tables import thin_out
@@ -98,27 +98,26 @@ def _against_rounds(
     y = Axis.logarithmic(title, values, written) if log else Axis.over(title, values, written, zero=zero)
     about += ", on a logarithmic scale" if log else ""
     label = f"{title} against rounds: {', '.join(one.label for one in series)}"
-    return figure(title, about, plot(label, x, y, [*more, *drawn]), _numbers(series, curves, written, title))
+    cells = {
+        number: {p.server_round: _with_range(p, written) for p in points} for number, points in curves.items()
+    }
+    return figure(title, about, plot(label, x, y, [*more, *drawn]), _numbers(series, cells, label))
 
 
 def _against_bytes(
     series: Sequence[Series], curves: Mapping[int, Sequence[Point]], title: str, keys: Sequence[str]
 ) -> Markup:
     """Return accuracy over the bytes until then; on a logarithmic axis, where these differ by much."""
-    drawn, spent = [], []
+    drawn, spent, cells = [], [], {}
     for one in series:
         so_far = one.so_far(*keys)
-        points = [p for p in curves[one.number] if so_far[p.server_round] > 0]
-        at = [so_far[p.server_round] for p in points]
-        spent += [at[-1]] if at else []
-        words = [
-            f"{one.label}, round {p.server_round}: {_with_range(p, _share)} at {format_bytes(b)}"
-            for p, b in zip(points, at, strict=True)
-        ]
-        band = [(b, p.low, p.high) for p, b in zip(points, at, strict=True)]
-        drawn.append(
-            Curve(one.number, one.label, [(b, p.mean) for p, b in zip(points, at, strict=True)], words, band)
-        )
+        found = [(so_far[p.server_round], p) for p in curves[one.number] if so_far[p.server_round] > 0]
+        said = {p.server_round: f"{_with_range(p, _share)} at {format_bytes(b)}" for b, p in found}
+        titles = [f"{one.label}, round {k}: {words}" for k, words in said.items()]
+        band = [(b, p.low, p.high) for b, p in found]
+        drawn.append(Curve(one.number, one.label, [(b, p.mean) for b, p in found], titles, band))
+        cells[one.number] = said
+        spent += [b for b, _ in found[-1:]]
     every = [b for curve in drawn for b, _ in curve.points]
     values = [v for curve in drawn for _, low, high in curve.band for v in (low, high)]
     log = bool(spent) and max(spent) > MANY_TIMES * min(spent)
@@ -126,30 +125,18 @@ def _against_bytes(
     x = Axis.logarithmic(name, every, format_bytes) if log else Axis.over(name, every, format_bytes, zero=True)
     label = f"Accuracy against {title}: {', '.join(one.label for one in series)}"
     about = "Up and to the left is better" + (", on a logarithmic scale" if log else "")
-    y = Axis.over("accuracy", values, _share)
-    rows = [
-        [f"{one.label}: {words}"] for one, curve in zip(series, drawn, strict=True) for words in curve.titles[-1:]
-    ]
-    ends = joined([table(["last point"], rows, "Where each curve ends")]) if rows else Markup("")
-    return figure(f"Accuracy against {title}", about, plot(label, x, y, drawn), folded("Numbers", ends))
+    svg = plot(label, x, Axis.over("accuracy", values, _share), drawn)
+    return figure(f"Accuracy against {title}", about, svg, _numbers(series, cells, label))
 
 
-def _numbers(
-    series: Sequence[Series], curves: Mapping[int, Sequence[Point]], written: Callable[[float], str], title: str
-) -> Markup:
-    by_round = {one.number: {p.server_round: p for p in curves[one.number]} for one in series}
-    rounds = sorted({k for points in by_round.values() for k in points})
+def _numbers(series: Sequence[Series], cells: Mapping[int, Mapping[int, str]], caption: str) -> Markup:
+    """Return a table of what each series has in each round, folded."""
+    rounds = sorted({k for said in cells.values() for k in said})
     rows = [
-        [
-            k,
-            *(
-                _with_range(by_round[one.number][k], written) if k in by_round[one.number] else "–"
-                for one in series
-            ),
-        ]
+        [k, *(cells[one.number].get(k, "–") for one in series)]
         for k in (row["round"] for row in thin_out([{"round": k} for k in rounds]))
     ]
-    return folded("Numbers", table(["round", *(one.label for one in series)], rows, title))
+    return folded("Numbers", table(["round", *(one.label for one in series)], rows, caption))
 
 
 def _forecast(one: Series, key: str) -> list[tuple[float, float]]:

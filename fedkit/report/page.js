@@ -23,8 +23,8 @@ for (const box of document.querySelectorAll("input[data-toggle]")) {
   });
 }
 
-// On paper, everything is unfolded.
-const folded = () => [...document.querySelectorAll("details:not([open])")];
+// On paper, all is unfolded but the numbers beside plots.
+const folded = () => [...document.querySelectorAll("section > details:not([open])")];
 let opened = [];
 addEventListener("beforeprint", () => (opened = folded()).forEach((part) => (part.open = true)));
 addEventListener("afterprint", () => opened.forEach((part) => (part.open = false)));
