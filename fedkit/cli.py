@@ -30,7 +30,7 @@ from fedkit.files import write_json
 from fedkit.forecast import forecast, forecast_table, remarks
 from fedkit.launch import SuperLink
 from fedkit.ledger import ROUNDS
-from fedkit.options import build_parser
+from fedkit.options import build_parser, given_options
 from fedkit.plan import NAME as PLAN
 from fedkit.plan import Arm, Plan, plan_arms, read_app
 from fedkit.processes import end_processes
@@ -110,9 +110,11 @@ def foresee(arguments: argparse.Namespace) -> None:
         If the app's server cannot be rehearsed here.
     """
     begun = (arguments.app_dir / PLAN).exists()
-    plan, out = (Plan.load(arguments.app_dir), arguments.app_dir) if begun else new_plan(arguments)
+    if begun and (given := given_options(arguments)):
+        raise ConfigError(f"{arguments.app_dir} is a run, with options of its own. Leave out {', '.join(given)}.")
     if arguments.rehearse < 1:
         raise ConfigError(f"--rehearse: expected at least 1 round, got {arguments.rehearse}.")
+    plan, out = (Plan.load(arguments.app_dir), arguments.app_dir) if begun else new_plan(arguments)
     forecasts = forecast(plan, arguments.rehearse, train=arguments.train)
     Console(highlight=False).print(forecast_table(forecasts), *remarks(forecasts), sep="\n")
     if not begun and not arguments.out:

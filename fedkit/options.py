@@ -5,6 +5,20 @@ from __future__ import annotations
 import argparse
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Final
+
+RUN_OPTIONS: Final[dict[str, dict[str, Any]]] = {  # what `fedkit run` and `fedkit plan` have in common
+    "--strategy": {"metavar": "NAME", "help": "run-config key `strategy`"},
+    "--compare": {"metavar": "NAME", "help": "run this strategy too, and compare with it"},
+    "--seeds": {"type": int, "default": 1, "metavar": "N", "help": "run each strategy with N seeds"},
+    "--drop": {"type": float, "metavar": "P", "help": "probability that a reply is lost"},
+    "--rounds": {"type": int, "metavar": "N", "help": "run-config key `num-rounds`"},
+    "--run-config": {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"},
+    "--superlink": {"metavar": "NAME", "help": "one of Flower's config; default: simulation here"},
+    "--out": {"type": Path, "metavar": "DIR", "help": "default: fedkit-runs/APP-TIME"},
+    "--tensorboard": {"metavar": "DIR", "help": "write event files there, too, round by round"},
+    "--mlflow": {"metavar": "URI", "help": "log to this tracking server, too, round by round"},
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,15 +46,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_run_options(command: argparse.ArgumentParser, name: str, meaning: str) -> None:
-    """Add what `fedkit run` and `fedkit plan` have in common."""
+    """Add an argument for the app, and `RUN_OPTIONS`."""
     command.add_argument("app_dir", type=Path, metavar=name, help=meaning)
-    command.add_argument("--strategy", metavar="NAME", help="run-config key `strategy`")
-    command.add_argument("--compare", metavar="NAME", help="run this strategy too, and compare with it")
-    command.add_argument("--seeds", type=int, default=1, metavar="N", help="run each strategy with N seeds")
-    command.add_argument("--drop", type=float, metavar="P", help="probability that a reply is lost")
-    command.add_argument("--rounds", type=int, metavar="N", help="run-config key `num-rounds`")
-    command.add_argument("--run-config", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    command.add_argument("--superlink", metavar="NAME", help="one of Flower's config; default: simulation here")
-    command.add_argument("--out", type=Path, metavar="DIR", help="default: fedkit-runs/APP-TIME")
-    command.add_argument("--tensorboard", metavar="DIR", help="write event files there, too, round by round")
-    command.add_argument("--mlflow", metavar="URI", help="log to this tracking server, too, round by round")
+    for flag, how in RUN_OPTIONS.items():
+        command.add_argument(flag, **how)
+
+
+def given_options(arguments: argparse.Namespace) -> list[str]:
+    """Return which of `RUN_OPTIONS` were given another value than they have by default."""
+    values = vars(arguments)
+    return [
+        flag
+        for flag, how in RUN_OPTIONS.items()
+        if values[flag.removeprefix("--").replace("-", "_")] != how.get("default")
+    ]

@@ -100,6 +100,8 @@ def test_a_plan_is_kept_can_be_carried_out_and_is_shown_beside_what_was_measured
     assert [row["round"] for row in kept["rounds"]] == [1, 2, 3, 4]
     assert kept["rehearsed"] == 3
     assert "was not begun" in page(read_arms([Path("out")]))
+    assert cli.main(["plan", "out", "--rounds", "9"]) == 2
+    assert "Leave out --rounds" in capsys.readouterr().err
 
     class Mine(FakeSuperLink):
         pass

@@ -22,7 +22,7 @@ SHAPES: Final = (  # by slot, around 0, 0
 
 def cluster_map(arm: ArmRecord, name: str) -> Markup | None:
     """Return the map of an arm whose page has the id `name`, and the strip; None if nothing was clustered."""
-    frames = [line for line in arm.clusters if line.get("adapters")]
+    frames = [line for line in arm.clusters if line["adapters"]]
     if not frames:
         return None
     step = -(-len(frames) // MOST_FRAMES)

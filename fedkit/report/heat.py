@@ -147,7 +147,7 @@ def _cell(column: int, row: int, members: Sequence[tuple[str, int, Cell]], most:
     size = {"width": CELL - GAP, "height": CELL - GAP, "rx": 2}
     kind, share = ("sent pale", 0.25 * sent / most) if fate else ("sent", sent / most)
     parts = [tag("title", _said(members)), tag("rect", class_=kind, fill_opacity=_opacity(share), **size)]
-    if fate:
+    if fate in MARKS:
         parts.append(tag("path", d=MARKS[fate][0], class_=f"mark {fate}"))
     return tag("g", *parts, transform=f"translate({LEFT + CELL * column} {CELL * row})")
 

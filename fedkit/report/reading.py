@@ -17,6 +17,7 @@ from fedkit.plan import Arm, Plan
 from .figures import Row, read_rounds
 
 CLUSTERS: Final = "clusters.jsonl"  # in an arm's folder, a line per round: which adapter is in which cluster
+ENTRY: Final = ("server-round", "client", "node-id", "direction", "kind", "object-bytes", "objects")  # of a ledger
 FORECAST: Final = "forecast.json"  # in an arm's folder: its rounds, as they were predicted
 UNFINISHED: Final = {
     "running": "is running",
@@ -116,10 +117,10 @@ def _read(folder: Path, run: str, arm: Arm | None, *, busy: bool) -> ArmRecord:
     strategy, seed = name.groups() if name else (folder.name, "")
     config = about.get("run-config", {})
     status = about.get("status", "")
-    clusters = [line for line in _read_lines(folder / CLUSTERS) if "round" in line]
+    clusters = _read_lines(folder / CLUSTERS, "round", "adapters")
     scores = {line["round"]: {k: line[k] for k in ("ari", "purity") if k in line} for line in clusters}
     rounds = [{**scores.get(row["round"], {}), **row} for row in read_rounds(folder / ROUNDS)]
-    rows, entries = _by_client(rounds, _read_lines(folder / JOURNAL))
+    rows, entries = _by_client(rounds, _read_lines(folder / JOURNAL, *ENTRY))
     return ArmRecord(
         folder=folder,
         run=run,
@@ -159,14 +160,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file that are JSON objects; a server that was killed leaves one that is not."""
+def _read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """Return the JSON objects in a file that have all `keys`; a server that was killed leaves half a line."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
             value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value.keys() >= set(keys):
             found.append(value)
     return found
