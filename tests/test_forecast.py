@@ -53,7 +53,10 @@ def run(config: dict[str, Scalar], folder: Path) -> list[Any]:
     return [row for row in read_rounds(folder / "rounds.jsonl") if row["round"]]
 
 
-@pytest.mark.parametrize(("strategy", "drop"), [("fedavg", 0.3), ("aquila", 0.0), ("safari", 0.3), ("tac", 0.0)])
+MORE = [pytest.param(*case, marks=pytest.mark.slow) for case in (("aquila", 0.0), ("safari", 0.3), ("tac", 0.0))]
+
+
+@pytest.mark.parametrize(("strategy", "drop"), [("fedavg", 0.0), ("aquila", 0.3), *MORE])
 def test_a_forecast_is_what_a_run_sends_within_the_tolerance(tmp_path: Path, strategy: str, drop: float) -> None:
     config = config_of(strategy, drop=drop)
     found = rehearse(TINY_APP, config, 3, tmp_path / "rehearsal")
