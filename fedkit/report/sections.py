@@ -21,9 +21,8 @@ def summary(series: Sequence[Series]) -> Markup:
     """Return the strategies side by side, means over seeds."""
     references = [one.label for one in series if any(arm.reference for arm in one.arms)]
     reference = references[0] if len(references) == 1 else None  # of several runs, each has its own
-    found = summarise({one.label: [arm.rows for arm in one.begun or one.arms] for one in series}, reference)[
-        "strategies"
-    ]
+    runs = {one.label: [arm.rows for arm in one.begun or one.arms] for one in series}
+    found = summarise(runs, reference)["strategies"]
     others = ["fp32", *([reference] if reference else [])]
     rows = []
     for one in series:
