@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.deployment import SUPERLINK, Deployment
 from benchmarks.harness import Bench, Row, parser, sources_digest
-from fedkit.ledger import Entry
+from fedkit.entry import Entry
 from fedkit.processes import program
 from fedkit.sockets import SocketMeter, Traffic
 

@@ -6,9 +6,10 @@ from contextlib import suppress
 
 from flwr.app import ArrayRecord, Message
 
+from fedkit.entry import Direction, Entry, Fate
 from fedkit.errors import ReplyError
 from fedkit.flower import object_sizes
-from fedkit.ledger import Direction, Entry, Ledger
+from fedkit.ledger import Ledger
 from fedkit.message import read_report, records_of
 
 
@@ -24,14 +25,18 @@ class Booking:
         with suppress(ReplyError):
             self._clients[reply.metadata.src_node_id] = read_report(reply.content).client_id
 
-    def enter(self, message: Message, server_round: int, node_id: int, direction: Direction) -> None:
+    def enter(
+        self, message: Message, server_round: int, node_id: int, direction: Direction, fate: Fate = ""
+    ) -> None:
         """Enter one message."""
-        frames = 0
+        frames, fate = 0, "error" if message.has_error() else fate
         if message.has_content():
             frames = sum(len(a.data) for r in records_of(message.content, ArrayRecord) for a in r.values())
         kind, sizes = str(message.metadata.message_type), object_sizes(message)
         client = self._clients.get(node_id, str(node_id))
-        self.ledger.enter(Entry(server_round, client, node_id, direction, kind, sum(sizes), frames, len(sizes)))
+        self.ledger.enter(
+            Entry(server_round, client, node_id, direction, kind, sum(sizes), frames, len(sizes), fate=fate)
+        )
 
     def name(self, node_id: int) -> str:
         """Return what a node is called in the log."""

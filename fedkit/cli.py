@@ -2,47 +2,62 @@
 
 `fedkit run APP_DIR` runs a Flower App, once per strategy and seed, one *arm* after the other, and compares them:
 in simulation, or with `--superlink NAME` at a SuperLink that Flower's config names. Every arm leaves a directory
-with `run.json` (what was asked), `rounds.jsonl` (what happened) and `flower.log`. `fedkit resume RUN` takes up
-what was interrupted.
+with `run.json` (what was asked), `rounds.jsonl` (what happened) and `flower.log`. `fedkit plan` says before what a
+run will cost, `fedkit resume RUN` takes up what was interrupted, `fedkit report RUN` makes a page of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
+from fedkit.display import finding_line, live_display, show
+from fedkit.doctor import examine
 from fedkit.errors import ConfigError, FedkitError
 from fedkit.files import write_json
+from fedkit.forecast import forecast, forecast_table, remarks
 from fedkit.launch import SuperLink
 from fedkit.ledger import ROUNDS
+from fedkit.options import build_parser, given_options
+from fedkit.plan import NAME as PLAN
 from fedkit.plan import Arm, Plan, plan_arms, read_app
 from fedkit.processes import end_processes
 from fedkit.record import completed, recorded
-from fedkit.report import Row, missing_table, news, read_rounds, round_table, summarise, summary_table, totals_line
+from fedkit.report import Row, read_rounds
+from fedkit.report.figures import summarise
+from fedkit.report.page import write_page
+from fedkit.report.tables import summary_table
 from fedkit.state import STATE_DIR
 from fedkit.submit import Connection
+from fedkit.trackers import TRACKERS, check_trackers, tracking
 
+REPORT = "report.html"
 RUN_MARK = "FEDKIT_RUN"  # in the environment of all that a command starts: the folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, 1 a run failed, 2 a wrong option, 130 interrupted."""
+    """Run the command line; return the exit code.
+
+    0; 1 a run failed, or `doctor` found a problem; 2 a wrong option; 130 interrupted.
+    """
     arguments = build_parser().parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         # An exception, so that every `with` and `finally` runs; the exit code is a shell's.
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
-        arguments.command(arguments)
+        return COMMANDS[arguments.command](arguments) or 0
     except FedkitError as error:
         complain(str(error), error)
         return 2 if isinstance(error, ConfigError) else 1
@@ -52,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         complain("terminated.", error)
         raise
-    return 0
 
 
 def complain(text: str, error: BaseException) -> None:
@@ -60,42 +74,56 @@ def complain(text: str, error: BaseException) -> None:
     print("\n".join([f"fedkit: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `fedkit`'s command line."""
-    parser = argparse.ArgumentParser(prog="fedkit", description="Federated fine-tuning with Flower.")
-    parser.add_argument("--version", action="version", version=f"fedkit {version('fedkit')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("run", help="run a Flower App, in simulation or at a SuperLink, and compare")
-    command.set_defaults(command=run)
-    command.add_argument("app_dir", type=Path, metavar="APP_DIR", help="directory with the app's pyproject.toml")
-    command.add_argument("--strategy", metavar="NAME", help="run-config key `strategy`")
-    command.add_argument("--compare", metavar="NAME", help="run this strategy too, and compare with it")
-    command.add_argument("--seeds", type=int, default=1, metavar="N", help="run each strategy with N seeds")
-    command.add_argument("--drop", type=float, metavar="P", help="probability that a reply is lost")
-    command.add_argument("--rounds", type=int, metavar="N", help="run-config key `num-rounds`")
-    command.add_argument("--run-config", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    command.add_argument("--superlink", metavar="NAME", help="one of Flower's config; default: simulation here")
-    command.add_argument("--out", type=Path, metavar="DIR", help="default: fedkit-runs/APP-TIME")
-    command = commands.add_parser("resume", help="take up a `fedkit run` that did not get to its end")
-    command.set_defaults(command=resume)
-    command.add_argument("run_dir", type=Path, metavar="RUN", help="the folder of the run, or of one arm in it")
-    return parser
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Carry out `fedkit run`: check everything, then run every arm, then compare.
 
     Raises ConfigError before anything starts, LaunchError for the first run that fails.
     """
+    plan, out = new_plan(arguments)
+    plan.save()
+    with plan.locked():
+        carry_out(plan, plan.arms, out)
+
+
+def new_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
+    """Return what the options of `fedkit run` ask for, and its folder as the user calls it; raises ConfigError."""
     app, defaults = read_app(arguments.app_dir)
     out = arguments.out or Path("fedkit-runs", f"{app}-{time.strftime('%Y%m%d-%H%M%S')}")
     arms = plan_arms(arguments, defaults, out.resolve())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: expected a new or an empty directory, got {out}. Choose another one.")
-    plan = Plan(out.resolve(), app, arguments.app_dir.resolve(), arguments.compare, arms, arguments.superlink)
-    plan.save()
-    with plan.locked():
-        carry_out(plan, plan.arms, out)
+    wanted = {name: vars(arguments)[name] for name in TRACKERS}
+    trackers = check_trackers({name: target for name, target in wanted.items() if target})
+    app_dir, folder = arguments.app_dir.resolve(), out.resolve()
+    plan = Plan(folder, app, app_dir, arguments.compare, arms, arguments.superlink, trackers=trackers)
+    return plan, out
+
+
+def foresee(arguments: argparse.Namespace) -> None:
+    """Carry out `fedkit plan`: print what a run will cost; keep it with the run, or with the plan of one to come.
+
+    Raises
+    ------
+    ConfigError
+        As `run`.
+    LaunchError
+        If the app's server cannot be rehearsed here.
+    """
+    begun = (arguments.app_dir / PLAN).exists()
+    if begun and (given := given_options(arguments)):
+        raise ConfigError(f"{arguments.app_dir} is a run, with options of its own. Leave out {', '.join(given)}.")
+    if arguments.rehearse < 1:
+        raise ConfigError(f"--rehearse: expected at least 1 round, got {arguments.rehearse}.")
+    plan, out = (Plan.load(arguments.app_dir), arguments.app_dir) if begun else new_plan(arguments)
+    forecasts = forecast(plan, arguments.rehearse, train=arguments.train)
+    Console(highlight=False).print(forecast_table(forecasts), *remarks(forecasts), sep="\n")
+    if not begun and not arguments.out:
+        return
+    if not begun:
+        plan.save()
+        print(f"Kept in {out}/. Carry it out with: fedkit resume {shlex.quote(str(out))}")
+    for arm in plan.arms:
+        forecasts[arm.strategy].save(arm.run_dir)
 
 
 def resume(arguments: argparse.Namespace) -> None:
@@ -116,6 +144,26 @@ def resume(arguments: argparse.Namespace) -> None:
                 print(f"fedkit: warning: this run was begun with {versions}: results may differ.", file=sys.stderr)
             end_processes(f"{RUN_MARK}={plan.folder}")  # of a command that was killed before it could end them
         carry_out(plan, arms, out)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Carry out `fedkit report`; raises ConfigError."""
+    out = arguments.out or arguments.runs[0] / REPORT
+    try:
+        write_page(arguments.runs, out)
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {out} ({error}). Choose another file.") from None
+    print(f"Wrote {out}: open it in a browser.")
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Carry out `fedkit doctor`; return 1 if it found a problem, else 0."""
+    findings = list(examine(arguments.app_dir))
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        Console(highlight=False).print(*map(finding_line, findings), sep="\n", soft_wrap=True)
+    return int(any(finding.level == "problem" for finding in findings))
 
 
 def carry_out(plan: Plan, arms: Sequence[Arm], out: Path) -> None:
@@ -142,15 +190,30 @@ def carry_out(plan: Plan, arms: Sequence[Arm], out: Path) -> None:
     write_json(plan.folder / "summary.json", summary)
     if len(plan.arms) > 1:
         console.print(summary_table(summary))
+    console.print(f"See all of it: fedkit report {shlex.quote(str(out))}", soft_wrap=True)
 
 
 def run_arms(console: Console, plan: Plan, arms: Sequence[Arm]) -> None:
     """Run the arms, one after the other; raises LaunchError for the first that fails."""
     with superlink_of(plan) as superlink:
         for arm in arms:
-            with recorded(arm, plan.app, plan.app_dir), live_display(console, arm) as on_round:
-                superlink.run(plan.app_dir, arm.config, arm.run_dir, on_round)
+            with (
+                recorded(arm, plan.app, plan.app_dir),
+                tracking(arm, plan.app, plan.trackers) as track,
+                live_display(console, arm) as tell,
+            ):
+                superlink.run(plan.app_dir, arm.config, arm.run_dir, in_turn(tell, track))
             show(console, arm)
+
+
+def in_turn(*takers: Callable[[Row], None]) -> Callable[[Row], None]:
+    """Return what hands a round to each of some callables."""
+
+    def take(row: Row) -> None:
+        for taker in takers:
+            taker(row)
+
+    return take
 
 
 def superlink_of(plan: Plan) -> Connection:
@@ -171,34 +234,13 @@ def resumable(out: Path) -> Iterator[None]:
         raise
 
 
-def show(console: Console, arm: Arm) -> None:
-    """Print what happened in an arm."""
-    rows = read_rounds(arm.run_dir / ROUNDS)
-    console.print(round_table(rows, arm.title))
-    if (missing := missing_table(rows)) is not None:
-        console.print(missing)
-    console.print(totals_line(rows), soft_wrap=True)
-
-
-@contextmanager
-def live_display(console: Console, arm: Arm) -> Iterator[Callable[[Row], None]]:
-    """Yield an `on_round` that shows how an arm gets on: a bar on a terminal, elsewhere a line per round."""
-    num_rounds = int(arm.config["num-rounds"])
-    rows = read_rounds(arm.run_dir / ROUNDS)  # of a run that is resumed; the last one may be run again
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[news]}")
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
-        done = rows[-1]["round"] if rows else 0
-        task = progress.add_task(arm.title, total=num_rounds, completed=done, news="starting")
-
-        def on_round(row: Row) -> None:
-            rows[:] = [*(old for old in rows if old["round"] < row["round"]), row]
-            progress.update(task, completed=row["round"], news=news(rows))
-            if not console.is_terminal:
-                line = f"{arm.title}  round {row['round']}/{num_rounds}  {news(rows)}"
-                console.print(line, soft_wrap=True)
-
-        yield on_round
-
+COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int | None]]] = {
+    "run": run,
+    "resume": resume,
+    "plan": foresee,
+    "report": report,
+    "doctor": doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

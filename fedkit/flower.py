@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.common.serde import context_from_proto, context_to_proto  # noqa: TID251
 from flwr.proto.message_pb2 import Context as ContextProto
@@ -38,6 +39,7 @@ __all__ = [
     "deflate",
     "inflate",
     "is_unavailable",
+    "mods_of",
     "object_bytes",
     "object_sizes",
     "raised",
@@ -95,6 +97,11 @@ def context_to_bytes(context: Context) -> bytes:
 def context_from_bytes(data: bytes) -> Context:
     """Return the Context that `context_to_bytes` was given."""
     return context_from_proto(ContextProto.FromString(data))
+
+
+def mods_of(app: ClientApp) -> list[Mod]:
+    """Return the mods of a ClientApp, outermost first."""
+    return list(app._mods)
 
 
 def superexec() -> int | None:

@@ -1,30 +1,4 @@
-"""Bytes per client, round and direction: sizes of what was really sent, never of what should have been.
-
-From objects to the socket
---------------------------
-In a deployment over gRPC, a SuperNode asks the SuperLink for each object of a message in a call of its own, and
-pushes each object of its reply in another; each call has a request up and a response down. With n objects:
-
-==========  =====  =========================================  ==========================================
-message     calls  besides calls and objects, up              besides calls and objects, down
-==========  =====  =========================================  ==========================================
-downlink    n + 2  76 (n + 1): object and run in n requests   76 n + 129: tree of ids, protobuf, metadata
-                   and in the confirmation
-uplink      n + 1  186 n + 205: tree of ids, metadata; id,    68 n + 110: ids to be pushed, session
-                   run, session and protobuf in n requests
-==========  =====  =========================================  ==========================================
-
-An id is 64 hexadecimal digits. `CALL` is what a call costs besides, in bytes, read from the HTTP/2 frames:
-
-- up: headers 514, DATA with the node's id 27, two WINDOW_UPDATE 26, PING 9. All but 10 of the headers are literals
-  that Flower sends again with each call: the node's public key as PEM, its signature, the time, Flower's version.
-- down: headers and trailers 37, DATA 14, WINDOW_UPDATE 12, PING 9.
-
-Of calls that follow each other, half come with a PING and an answer, 17 bytes each, in both directions; of those
-that idle nodes make, all do: about 602 bytes up and 98 down. `Entry.socket` is this sum; it is too high where
-Flower need not send an object that the other side has, such as the same metrics of two clients.
-``python -m benchmarks.wire`` compares it with the kernel's count.
-"""
+"""Bytes per client, round and direction: sizes of what was really sent, never of what should have been."""
 
 from __future__ import annotations
 
@@ -34,53 +8,25 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from flwr.app import ArrayRecord, MetricRecord
 
+from fedkit.entry import Direction, Entry, Fate
 from fedkit.errors import ConfigError, StateError
 from fedkit.files import append_lines, put_line, take_up
 from fedkit.sockets import Traffic
 
 logger = logging.getLogger(__name__)
 
-Direction: TypeAlias = Literal["uplink", "downlink"]
 EvaluateFn: TypeAlias = Callable[[int, ArrayRecord], MetricRecord | None]
 ROUNDS: Final = "rounds.jsonl"  # a line of JSON per round
 JOURNAL: Final = "ledger.jsonl"  # and per message
 ANNOUNCED: Final = "fedkit round: "  # before a line of the first, in the log
+TRAIN: Final = "train"  # a key of a round: what its clients measured when they trained
 MISSING_CLIENTS, STAND_INS = "missing-clients", "stand-ins"  # keys of a round: a list, and names by name
-CALL: Final = Traffic(received=576, sent=72)  # flwr 1.39.0 over gRPC, without TLS
-
-
-@dataclass(slots=True)
-class Entry:
-    """One message that was sent. Each size holds the one before it.
-
-    What is between frames and objects is Flower's: the records' names, the app's config and metrics, and about
-    60 bytes for each object. What is between objects and the socket is calls: see `socket`.
-    """
-
-    server_round: int
-    client: str  # its id; its node id until it has answered once
-    node_id: int
-    direction: Direction
-    kind: str  # Flower's message type: train or evaluate
-    object_bytes: int  # all of Flower's objects of the message
-    frame_bytes: int  # the data of its arrays
-    objects: int  # how many, each with a call of its own
-    ideal_bits: float = 0.0  # order-0 entropy of what the frames hold; 0 if unknown
-
-    def socket(self, call: Traffic = CALL) -> Traffic:
-        """Return what the message makes the SuperLink's socket carry; see the module's docstring."""
-        n = self.objects
-        if self.direction == "downlink":
-            calls, up, down = n + 2, 76 * (n + 1), self.object_bytes + 76 * n + 129
-        else:
-            calls, up, down = n + 1, self.object_bytes + 186 * n + 205, 68 * n + 110
-        return Traffic(calls * call.received + up, calls * call.sent + down)
 
 
 class Ledger:
@@ -117,6 +63,15 @@ class Ledger:
             self._ideal[node_id] = bits
         elif node_id in self._uplink:
             self._uplink[node_id].ideal_bits = bits
+
+    def judge(self, server_round: int, node_id: int, fate: Fate) -> None:
+        """Say what became of a node's last message up, and count it in the round: skips and rejected ones."""
+        if node_id in self._uplink:
+            self._uplink[node_id].fate = fate
+        if fate == "skip":
+            self.note(server_round, skips=1)
+        elif fate == "rejected":
+            self.note(server_round, rejected=1, replies=-1)
 
     def note(self, server_round: int, **counts: int) -> None:
         """Add to the counts of a round: asked, replies, skips, missing, rejected, late."""
@@ -202,13 +157,18 @@ class Ledger:
         """Say what the clients measured when they evaluated a round."""
         self._measured.setdefault(server_round, {}).update(metrics)
 
+    def trained(self, server_round: int, metrics: MetricRecord) -> None:
+        """Say what the clients measured when they trained, and the aggregation when it was done."""
+        self._measured.setdefault(server_round, {})[TRAIN] = dict(metrics)
+
     def recording(self, evaluate_fn: EvaluateFn | None, *, to: str | Path | None) -> EvaluateFn:
         """Return an `evaluate_fn` that also logs each round, and records it in the folder `to`, if there is one.
 
-        A line of its ``rounds.jsonl`` is a round: the metrics of `evaluate_fn` or of the clients, `round_totals`,
-        `miss`, ``fp32-bytes`` (the arrays in float32, once for every client asked) and ``seconds`` since the
-        ledger was made. One that is run again, after a resumption, replaces its line and all later ones. A line
-        of its ``ledger.jsonl`` is a message. The log has the first kind, after the word `ANNOUNCED`.
+        A line of its ``rounds.jsonl`` is a round: the metrics of `evaluate_fn` or of the clients, those of
+        training under `TRAIN`, `round_totals`, `miss`, ``fp32-bytes`` (the arrays in float32, once for every
+        client asked) and ``seconds`` since the ledger was made. One that is run again, after a resumption,
+        replaces its line and all later ones. A line of its ``ledger.jsonl`` is a message. The log has the first
+        kind, after the word `ANNOUNCED`.
 
         Raises
         ------

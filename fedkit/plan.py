@@ -10,7 +10,7 @@ import secrets
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, Self
@@ -58,6 +58,7 @@ class Plan:
     arms: list[Arm]
     superlink: str | None = None  # by its name in Flower's config; None: one of our own, that simulates
     fedkit: str = version("fedkit")  # that began it
+    trackers: Mapping[str, str] = field(default_factory=dict)  # where each one writes: `fedkit.trackers`
 
     def save(self) -> None:
         """Write it into its folder; raises StateError."""
@@ -67,7 +68,8 @@ class Plan:
             for arm in self.arms
         ]
         plan = {"fedkit": self.fedkit, "app": self.app, "app-dir": str(self.app_dir), "compare": self.compare}
-        write_json(self.folder / NAME, plan | {"superlink": self.superlink, "arms": arms})
+        how = {"superlink": self.superlink, "trackers": dict(self.trackers)}
+        write_json(self.folder / NAME, plan | how | {"arms": arms})
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -87,7 +89,8 @@ class Plan:
                 for arm in plan["arms"]
             ]
             app, compare, superlink = plan["app"], plan["compare"], plan.get("superlink")
-            return cls(folder, app, Path(plan["app-dir"]), compare, arms, superlink, plan["fedkit"])
+            trackers = plan.get("trackers", {})
+            return cls(folder, app, Path(plan["app-dir"]), compare, arms, superlink, plan["fedkit"], trackers)
         except OSError:
             raise ConfigError(f"{folder}: expected the folder of a `fedkit run`, got no {NAME} in it.") from None
         except (ValueError, KeyError, TypeError) as error:

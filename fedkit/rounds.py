@@ -212,8 +212,8 @@ class RoundGrid(GridWrapper):
     def _keep_late(self, sent: Sent, reply: Message, server_round: int) -> None:
         if not reply.has_content():
             return
-        self._booking.enter(reply, server_round, sent.node_id, "uplink")
         used = sent.kind == MessageType.TRAIN and self.limits.late == "use"
+        self._booking.enter(reply, server_round, sent.node_id, "uplink", "" if used else "late")
         self.ledger.note(server_round, late=1)
         fate = "used" if used else "dropped"
         logger.info(
@@ -243,4 +243,4 @@ class RoundGrid(GridWrapper):
         if sent := self._sent.get(reply.metadata.reply_to_message_id):
             if reply.has_content():
                 self._booking.meet(reply)
-            self._booking.enter(reply, sent.server_round, sent.node_id, "uplink")
+            self._booking.enter(reply, sent.server_round, sent.node_id, "uplink", "lost")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, Unpack
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
@@ -201,6 +201,10 @@ class Asking(FedAvg):
             if name != WHOLE:
                 known[name] = {**known[name], SUBMODEL: name}
         return known[name]
+
+    def _note_training(self, server_round: int, metrics: MetricRecord) -> None:
+        self.progress.note("train", server_round, metrics)
+        self.ledger.trained(server_round, metrics)
 
     def _message(self, content: RecordDict, node_id: int, kind: str) -> Message:
         ttl = self.limits.deadline or self._timeout

@@ -224,7 +224,7 @@ class UpdateStrategy(Asking, Generic[S]):
         params = self.downlink.advance(step.params, server_round)
         record = self.train_metrics_aggr_fn(contents, self.weighted_by_key) if contents else MetricRecord()
         record.update(step.metrics)
-        self.progress.note("train", server_round, record)
+        self._note_training(server_round, record)
         return self.border.outward(params), record
 
     def configure_evaluate(

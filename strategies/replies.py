@@ -212,7 +212,7 @@ class Inbox:
                 self.heard.discard(report.client_id)
                 continue
             digest = self.registry.accept(node_id, report, data)
-            self.ledger.note(self.cohort.server_round, skips=int(report.skipped))
+            self.ledger.judge(self.cohort.server_round, node_id, "skip" if report.skipped else "")
             self.ledger.ideal(node_id, "uplink", frame.ideal_bits() if frame else 0.0)
             contents.append(reply.content)
             yield Upload(
@@ -238,7 +238,7 @@ class Inbox:
     def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
         if not counted:  # an error reply was counted, and logged, by the grid
             logger.warning("round %d, node %d: reply refused: %s", self.cohort.server_round, node_id, error)
-            self.ledger.note(self.cohort.server_round, rejected=1, replies=-1)
+            self.ledger.judge(self.cohort.server_round, node_id, "rejected")
 
 
 def check_norm(values: NDArray[np.float32]) -> None:

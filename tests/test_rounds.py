@@ -30,14 +30,14 @@ def grid(**options):
 )
 def test_the_ledger_holds_the_size_of_every_object_that_travelled(make, monkeypatch):
     sizes = []
-    answer = InProcessGrid._answer
+    answer = InProcessGrid.answer
 
     def spy(self, message):
         reply = answer(self, message)
         sizes.append((sum(map(len, deflate(message)[1].values())), sum(map(len, deflate(reply)[1].values()))))
         return reply
 
-    monkeypatch.setattr(InProcessGrid, "_answer", spy)
+    monkeypatch.setattr(InProcessGrid, "answer", spy)
     wrapped = grid()
     make().start(wrapped, initial(), num_rounds=2)
     totals = [wrapped.ledger.round_totals(k) for k in (1, 2)]
@@ -100,3 +100,23 @@ def test_recording_to_an_unwritable_place_is_refused_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
         Ledger().recording(lambda *_: None, to=tmp_path / "file" / "run")
+
+
+def test_the_ledger_says_what_became_of_each_upload_and_what_training_measured(tmp_path):
+    def tamper(local):
+        return {name: np.full_like(a, np.nan) for name, a in local.items()}
+
+    apps = [client_app([AquilaMod()], target) for target in targets(4)]
+    apps[1] = client_app([AquilaMod()], targets(4)[1], tamper=tamper)
+    wrapped = RoundGrid(InProcessGrid(apps), faults=Faults(rates={"3": 1 - 1e-12}))
+    strategy = Aquila(**EVERYBODY)
+    strategy.start(wrapped, initial(), num_rounds=2, evaluate_fn=wrapped.ledger.recording(None, to=tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    fates = {
+        (line["client"], line["server-round"]): line["fate"] for line in lines if line["direction"] == "uplink"
+    }
+    assert {fate for (client, _), fate in fates.items() if client in "02"} <= {"", "skip"}
+    assert fates["3", 1] == "lost"
+    assert {fate for (client, _), fate in fates.items() if client not in "023"} == {"error"}
+    (_, first, _) = map(json.loads, (tmp_path / "rounds.jsonl").read_text().splitlines())
+    assert first["train"] == {"loss": 1.0}

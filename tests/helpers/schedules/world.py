@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from flwr.app import Array, Context, Error, Message, MessageType, RecordDict
+from flwr.app import Array, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.supercore.inflatable.inflatable_object import no_object_id_recompute  # noqa: TID251
 
-from fedkit.flower import deflate, inflate, unavailable
+from fedkit.flower import deflate, inflate, raised, unavailable
 from fedkit.message import read_frame, read_instructions, read_report
 from fedkit.state import ClientState
-from tests.helpers.grid import CLIENT_APP_RAISED_EXCEPTION, InProcessGrid, VirtualTime
+from tests.helpers.grid import InProcessGrid, VirtualTime
 from tests.helpers.quadratic import client_app, targets
 from tests.helpers.schedules.clients import Clients, Held, check
 from tests.helpers.schedules.plan import EVENTS, FATES, MODS, Plan
@@ -159,7 +159,7 @@ class World(InProcessGrid):
             self._expect(device, message, None, survives)
             return None
         except Exception as error:  # as Flower does
-            reply = Message(Error(CLIENT_APP_RAISED_EXCEPTION, repr(error)), reply_to=received)
+            reply = raised(error, reply_to=received)
         finally:
             self.current = None
         reply = travelled(reply)

@@ -1,0 +1,54 @@
+"""What is shown on a terminal: an arm while it runs and after it, and what `fedkit doctor` finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from fedkit.doctor import Finding
+from fedkit.ledger import ROUNDS
+from fedkit.plan import Arm
+from fedkit.report import Row, read_rounds
+from fedkit.report.tables import missing_table, news, round_table, totals_line
+
+SIGNS: Final = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
+
+
+def finding_line(finding: Finding) -> str:
+    """Return a finding, and on a line of its own what to do, in Rich's markup."""
+    line = f"{SIGNS[finding.level]} [bold]{escape(finding.what)}[/]: {escape(finding.found)}"
+    return f"{line}\n    {escape(finding.advice)}" if finding.advice else line
+
+
+def show(console: Console, arm: Arm) -> None:
+    """Print what happened in an arm."""
+    rows = read_rounds(arm.run_dir / ROUNDS)
+    console.print(round_table(rows, arm.title))
+    if (missing := missing_table(rows)) is not None:
+        console.print(missing)
+    console.print(totals_line(rows), soft_wrap=True)
+
+
+@contextmanager
+def live_display(console: Console, arm: Arm) -> Iterator[Callable[[Row], None]]:
+    """Yield an `on_round` that shows how an arm gets on: a bar on a terminal, elsewhere a line per round."""
+    num_rounds = int(arm.config["num-rounds"])
+    rows = read_rounds(arm.run_dir / ROUNDS)  # of a run that is resumed; the last one may be run again
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[news]}")
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
+        done = rows[-1]["round"] if rows else 0
+        task = progress.add_task(arm.title, total=num_rounds, completed=done, news="starting")
+
+        def on_round(row: Row) -> None:
+            rows[:] = [*(old for old in rows if old["round"] < row["round"]), row]
+            progress.update(task, completed=row["round"], news=news(rows))
+            if not console.is_terminal:
+                line = f"{arm.title}  round {row['round']}/{num_rounds}  {news(rows)}"
+                console.print(line, soft_wrap=True)
+
+        yield on_round

@@ -1,0 +1,137 @@
+"""Whether an app's directory is as fedkit likes it, read from its sources: nothing of it is run."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from fedkit.config import RunConfig
+from fedkit.errors import ConfigError
+from fedkit.plan import read_app
+
+from .finding import Finding, ok, problem, warning
+
+HEAVY: Final = ("torch", "torchvision", "transformers", "peft", "datasets", "sklearn")
+BUNDLE_BYTES: Final = 10_000_000  # Flower accepts no larger app
+
+
+def app_findings(app_dir: Path) -> Iterator[Finding]:
+    """Yield what is found of an app."""
+    try:
+        name, config = read_app(app_dir)
+        table = tomllib.loads((app_dir / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]
+        components = {kind: str(table["components"][kind]) for kind in ("serverapp", "clientapp")}
+    except ConfigError as error:
+        yield problem("app", str(error), "Give the directory of a Flower App.")
+        return
+    except (KeyError, TypeError) as error:
+        yield problem("app", f"[tool.flwr.app.components] lacks {error}", "Name the app's two components.")
+        return
+    known = {field.name.replace("_", "-") for field in dataclasses.fields(RunConfig)}
+    yield ok("app", f"{name}, with {len(config)} run-config keys")
+    if lacking := sorted(known - config.keys()):
+        keys = ", ".join(lacking)
+        advice = (
+            "Add them, as in examples/quickstart, to set them with --run-config: `RunConfig` has the defaults."
+        )
+        yield warning("run config", f"without {keys}", advice)
+    else:
+        yield ok("run config", "all keys that fedkit knows")
+    for kind, component in components.items():
+        path = _file_of(app_dir, component.partition(":")[0])
+        if path is None:
+            yield problem(kind, f"no file for {component}", "Mend [tool.flwr.app.components].")
+        elif kind == "clientapp":
+            try:
+                yield from _client(app_dir, path)
+            except (SyntaxError, ValueError) as error:
+                yield problem(kind, f"cannot be read: {error}", "Mend the file.")
+    size = sum(path.stat().st_size for path in app_dir.rglob("*.py"))
+    if size > BUNDLE_BYTES:
+        yield problem("size", f"{size} bytes of Python", f"Flower takes apps of at most {BUNDLE_BYTES} bytes.")
+
+
+def _client(app_dir: Path, path: Path) -> Iterator[Finding]:
+    """Yield what is found of the module with the ClientApp."""
+    found = list(heavy_imports(app_dir, path))
+    if found:
+        advice = (
+            "Move it into the functions that need it: it costs seconds with every message, even a refused one."
+        )
+        yield warning("clientapp", f"imports at module level: {'; '.join(found)}", advice)
+    else:
+        yield ok("clientapp", "imports what is slow inside functions")
+    mods = _mods(ast.parse(path.read_text("utf-8")))
+    if not mods:
+        advice = "fedkit's strategies need theirs: ClientApp(mods=[AquilaMod()]). FedAvg needs none."
+        yield warning("mods", "none", advice)
+    elif "WarmWorker" not in mods and any(map(_is_heavy, app_dir.rglob("*.py"))):
+        advice = "WarmWorker(__file__) first among the mods saves importing torch for each message."
+        yield warning("mods", f"{', '.join(mods)}; no WarmWorker", advice)
+    else:
+        yield ok("mods", ", ".join(mods))
+
+
+def _is_heavy(path: Path) -> bool:
+    """Return whether a module imports what is slow anywhere."""
+    nodes = ast.walk(ast.parse(path.read_text("utf-8")))
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return any(name.split(".")[0] in HEAVY for node in imports for name in _names(node, ""))
+
+
+def heavy_imports(app_dir: Path, path: Path, seen: set[Path] | None = None) -> Iterator[str]:
+    """Yield where a module, or another of the app that it imports, imports what is slow when it is imported."""
+    seen = set() if seen is None else seen
+    if path in seen:
+        return
+    seen.add(path)
+    package = ".".join(path.relative_to(app_dir).with_suffix("").parts[:-1])
+    for node in _at_import(ast.parse(path.read_text("utf-8")).body):
+        for name in _names(node, package):
+            if name.split(".")[0] in HEAVY:
+                yield f"{name.split('.')[0]} in {path.relative_to(app_dir)}, line {node.lineno}"
+                break
+            if (other := _file_of(app_dir, name)) is not None:
+                yield from heavy_imports(app_dir, other, seen)
+
+
+def _at_import(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Yield the imports that are carried out when a module is imported."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from _at_import(node.orelse)
+        elif isinstance(node, ast.If | ast.Try | ast.With | ast.ClassDef):
+            yield from _at_import([child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)])
+
+
+def _names(node: ast.Import | ast.ImportFrom, package: str) -> list[str]:
+    """Return the modules that an import may be of."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+    base = ".".join([*parents, *([node.module] if node.module else [])])
+    return [base, *(f"{base}.{alias.name}" for alias in node.names)]
+
+
+def _file_of(app_dir: Path, module: str) -> Path | None:
+    """Return the file of a module of the app; None if it is another's."""
+    path = app_dir.joinpath(*module.split("."))
+    return next(
+        (file for file in (path.with_suffix(".py"), path / "__init__.py") if module and file.is_file()), None
+    )
+
+
+def _mods(tree: ast.Module) -> list[str]:
+    """Return the names of the mods that a ClientApp is made with."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "ClientApp":
+            for keyword in node.keywords:
+                if keyword.arg == "mods" and isinstance(keyword.value, ast.List):
+                    return [ast.unparse(item).partition("(")[0].split(".")[-1] for item in keyword.value.elts]
+    return []

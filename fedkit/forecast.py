@@ -1,0 +1,147 @@
+"""What a plan will cost: bytes per round and run, and what a client needs, before anything is trained.
+
+The first rounds are rehearsed (`fedkit.rehearsal`), the later ones are taken to be like those after the first:
+that one brings the initial arrays along. Uploads are counted as if no client skipped its turn: a lazy scheme sends
+less, how much depends on the training. Of what goes wrong, `drop` is rehearsed; `faults` is not.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from rich.table import Table
+
+from fedkit.errors import LaunchError
+from fedkit.files import write_json
+from fedkit.follow import log_tail
+from fedkit.plan import Arm, Plan
+from fedkit.report import Row
+from fedkit.report.figures import format_bytes, format_times, times_less, total
+from fedkit.report.reading import FORECAST
+
+COUNTS: Final = (
+    "uplink-bytes",
+    "uplink-frame-bytes",
+    "downlink-bytes",
+    "downlink-frame-bytes",
+    "asked",
+    "missing",
+)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one arm will cost; all sizes are bytes."""
+
+    strategy: str
+    rounds: Sequence[Row]  # all of the run, as its rounds.jsonl will have them
+    rehearsed: int  # how many of them were; the others are like them
+    values: int  # entries of what a client is sent
+    state: float  # what a client keeps from round to round
+    peak: float  # what a client needs besides its model and training: what it is sent, what it sends, coding
+
+    def save(self, folder: Path) -> None:
+        """Write it into an arm's folder, where `fedkit report` finds it; raises StateError."""
+        about = {"fedkit": version("fedkit"), "rehearsed": self.rehearsed, "values": self.values}
+        needs = {"state-bytes": self.state, "peak-bytes": self.peak}
+        write_json(folder / FORECAST, {**about, **needs, "rounds": self.rounds})
+
+
+def forecast(plan: Plan, rounds: int, *, train: bool = False) -> dict[str, Forecast]:
+    """Return what each strategy of a plan will cost, by a rehearsal of so many rounds with its first seed.
+
+    With `train`, the clients train in it.
+
+    Raises
+    ------
+    LaunchError
+        If the app's server does not run here, or its clients do not answer it.
+    """
+    first: dict[str, Arm] = {}
+    for arm in plan.arms:
+        first.setdefault(arm.strategy, arm)
+    return {name: _of(arm, plan.app_dir, rounds, train) for name, arm in first.items()}
+
+
+def _of(arm: Arm, app_dir: Path, rounds: int, train: bool) -> Forecast:
+    wanted = int(arm.config["num-rounds"])
+    found = _rehearse(app_dir, arm.config, min(rounds, wanted), train)
+    scale = int(arm.config["num-clients"]) / found["clients"]
+    rows = [{**row, **{key: round(scale * row[key]) for key in COUNTS}} for row in found["rounds"]]
+    return Forecast(
+        strategy=arm.strategy,
+        rounds=prolonged(rows, wanted, drop=float(arm.config.get("drop", 0))),
+        rehearsed=len(rows),
+        values=found["values"],
+        state=found["state-bytes"],
+        peak=found["peak-bytes"],
+    )
+
+
+def prolonged(rows: Sequence[Row], num_rounds: int, *, drop: float = 0.0) -> list[Row]:
+    """Return rows for all rounds; those that are lacking are the mean of those after the first, or like that.
+
+    `drop` is the probability that a reply is lost; where it is 0, as many are missing as were.
+    """
+    typical = rows[1:] or rows
+    mean = {key: round(statistics.fmean(row[key] for row in typical)) for key in COUNTS}
+    if drop:
+        mean["missing"] = round(drop * mean["asked"])
+    return [*rows, *({"round": k, **mean} for k in range(len(rows) + 1, num_rounds + 1))]
+
+
+def _rehearse(app_dir: Path, config: Mapping[str, Any], rounds: int, train: bool) -> dict[str, Any]:
+    """Return what `fedkit.rehearsal` finds, in a process of its own: apps import what they like."""
+    with tempfile.TemporaryDirectory(prefix="fedkit-plan-") as folder:
+        task, out, log = (Path(folder, name) for name in ("task.json", "found.json", "log"))
+        write_json(task, {"app-dir": str(app_dir), "config": dict(config), "rounds": rounds, "train": train})
+        with log.open("wb") as file:
+            command = [sys.executable, "-m", "fedkit.rehearsal", str(task), str(out)]
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, check=False)
+        if done.returncode:
+            raise LaunchError(
+                f"{config['strategy']}: the app's server cannot be rehearsed here:\n{log_tail(log)}\n"
+                "`fedkit plan` needs what the server needs: plan a deployment where its server runs. If it cannot "
+                "do with clients that do not train, give --train."
+            )
+        found: dict[str, Any] = json.loads(out.read_text("utf-8"))
+    return found
+
+
+def forecast_table(forecasts: Mapping[str, Forecast]) -> Table:
+    """Return the forecasts side by side."""
+    num_rounds = len(next(iter(forecasts.values())).rounds)
+    table = Table(title=f"Expected in {num_rounds} rounds", title_justify="left")
+    for name in ("strategy", ""):
+        table.add_column(name, no_wrap=True)
+    for name in ("first round", "later", "all rounds", "frames", "vs fp32"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, each in forecasts.items():
+        fp32 = 4 * each.values * total(each.rounds, "asked")
+        for direction in ("uplink", "downlink"):
+            sizes = [row[f"{direction}-bytes"] for row in each.rounds]
+            cells = [sizes[0], sizes[-1], sum(sizes), total(each.rounds, f"{direction}-frame-bytes")]
+            saved = format_times(times_less(fp32, sum(sizes)))
+            table.add_row(name, direction, *map(format_bytes, cells), saved)
+    return table
+
+
+def remarks(forecasts: Mapping[str, Forecast]) -> list[str]:
+    """Return what a forecast says besides bytes, a line each."""
+    lines = []
+    for name, each in forecasts.items():
+        missing, asked = total(each.rounds, "missing"), total(each.rounds, "asked")
+        keeps, needs = format_bytes(each.state), format_bytes(each.peak)
+        lines.append(f"{name}: {missing} of {asked} replies missing; a client keeps {keeps} between rounds,")
+        lines.append(f"  and needs {needs} at once, besides its model and training.")
+    rehearsed = max(each.rehearsed for each in forecasts.values())
+    return [*lines, f"{rehearsed} rounds were rehearsed. Clients that skip a round send less."]

@@ -1,0 +1,9 @@
+"""What happened in runs: tables on a terminal, and a page that is one file.
+
+reading.py ── figures.py ─┬─ tables.py                    what `fedkit run` prints
+a run's files   numbers   └─ page.py ── plots.py, …       what `fedkit report` writes
+"""
+
+from .figures import Row, read_rounds
+
+__all__ = ["Row", "read_rounds"]

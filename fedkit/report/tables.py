@@ -1,0 +1,144 @@
+"""What happened in a run, as tables and lines on a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from .figures import (
+    FINAL_ROUNDS,
+    Row,
+    final_accuracy,
+    format_accuracy,
+    format_bytes,
+    format_times,
+    times_less,
+    total,
+)
+
+MAX_ROWS = 25
+
+
+def thin_out(rows: Sequence[Row], limit: int = MAX_ROWS) -> list[Row]:
+    """Return every k-th row, with the smallest k that leaves at most `limit`, and always the last."""
+    step = -(-len(rows) // limit) or 1
+    kept = list(rows[::step])
+    if rows and kept[-1] is not rows[-1]:
+        kept.append(rows[-1])
+    return kept
+
+
+def news(rows: Sequence[Row]) -> str:
+    """Return where a run stands: the latest accuracy, and the bytes and lost replies so far."""
+    accuracies = [row["accuracy"] for row in rows if row.get("accuracy") is not None]
+    return (
+        f"accuracy {format_accuracy(accuracies[-1] if accuracies else None)}  "
+        f"up {format_bytes(total(rows, 'uplink-bytes'))}  "
+        f"down {format_bytes(total(rows, 'downlink-bytes'))}  "
+        f"skips {total(rows, 'skips')}  missing {total(rows, 'missing')}"
+    )
+
+
+def round_table(rows: Sequence[Row], title: str) -> Table:
+    """Return the table of a run: bytes and counts of each round, and the saving up to it."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.caption = "so far: uplink up to this round, and how many times less that is than in fp32"
+    counts = ["skips", "missing"]
+    for name in ("round", "accuracy", "uplink", "downlink", *counts, "so far", "vs fp32"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in thin_out(rows):
+        so_far = [each for each in rows if each["round"] <= row["round"]]
+        sent = total(so_far, "uplink-bytes")
+        table.add_row(
+            str(row["round"]),
+            format_accuracy(row.get("accuracy")),
+            format_bytes(total([row], "uplink-bytes")),
+            format_bytes(total([row], "downlink-bytes")),
+            *(str(total([row], name)) for name in counts),
+            format_bytes(sent),
+            format_times(times_less(total(so_far, "fp32-bytes"), sent)),
+        )
+    return table
+
+
+def missing_table(rows: Sequence[Row]) -> Table | None:
+    """Return the table of the clients that were missing: in which rounds, and who stood in; None: nobody was."""
+    found = absences(rows)
+    if not found:
+        return None
+    table = Table(title="Missing clients", title_justify="left")
+    for heading in ("client", "rounds", "missing in", "stood in for it"):
+        table.add_column(heading, justify="right" if heading == "rounds" else "left")
+    for line in found:
+        table.add_row(*line)
+    return table
+
+
+def absences(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
+    """Return each client that was missing: its name, in how many rounds, in which, and who stood in."""
+    rounds: dict[str, list[int]] = {}
+    by: dict[str, Counter[str]] = {}
+    for row in rows:
+        for client in row.get("missing-clients", ()):
+            rounds.setdefault(client, []).append(row["round"])
+            kin = row.get("stand-ins", {}).get(client)
+            name = "nobody" if kin is None else "its last update" if kin == client else f"client {kin}"
+            by.setdefault(client, Counter())[name] += 1
+    return [
+        (
+            client,
+            str(len(rounds[client])),
+            _ranges(rounds[client]),
+            ", ".join(f"{name} {times}×" for name, times in by[client].most_common()),
+        )
+        for client in sorted(rounds)
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return whole numbers, ascending, in short: ``2-4, 7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def totals_line(rows: Sequence[Row]) -> str:
+    """Return one line that sums a run up."""
+    up, down = total(rows, "uplink-bytes"), total(rows, "downlink-bytes")
+    saving = format_times(times_less(total(rows, "fp32-bytes"), up))
+    seconds = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
+    refused = f"rejected {count}  " if (count := total(rows, "rejected")) else ""
+    return (
+        f"accuracy {format_accuracy(final_accuracy(rows))} (mean of last {FINAL_ROUNDS})  "
+        f"uplink {format_bytes(up)}, {saving} less than fp32  "
+        f"downlink {format_bytes(down)}  skips {total(rows, 'skips')}  missing {total(rows, 'missing')}  "
+        f"{refused}{seconds:.1f} s"
+    )
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """Return `summarise`'s result side by side, one row per strategy."""
+    compare = summary["compare"]
+    table = Table(title="Summary, mean over seeds", title_justify="left", caption_justify="left")
+    table.caption = "vs: how many times less uplink"
+    table.add_column("strategy", no_wrap=True)
+    others = ["fp32", *([compare] if compare else [])]
+    for name in ("seeds", "accuracy", "uplink", "downlink", *(f"vs {name}" for name in others)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in summary["strategies"].items():
+        table.add_row(
+            name,
+            str(row["seeds"]),
+            format_accuracy(row["accuracy-mean"], row["accuracy-std"]),
+            format_bytes(row["uplink-bytes"]),
+            format_bytes(row["downlink-bytes"]),
+            *(format_times(row[f"times-less-uplink-than-{other}"]) for other in others),
+        )
+    return table
