@@ -75,7 +75,7 @@ def elsewhere(wheel, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+@pytest.mark.parametrize("checker", [pytest.param("mypy", marks=pytest.mark.full), "pyright"])
 def test_the_wheel_type_checks_for_its_users(elsewhere, checker, tmp_path):
     """What is right has no error, each of the lines that are wrong has one."""
     command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", elsewhere]
