@@ -2,26 +2,42 @@
 
 An app tells its tasks apart, and orders them in the same way each round, as *slots*: `split_slots` gives the
 adapter that each starts from, `join_slots` puts the trained ones together. Nobody else knows what a slot is for.
+`fedkit.clients.slots.train_slots` does that for a PEFT model, which never holds more than one adapter.
+
+Slots are coded as they are or, if the server says so, as AQUILA's innovations or under SAFARI's masks.
 
 Symbols and deviations: `fedkit.aggregation.cluster`.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar, Final
 
 from fedkit.aggregation.slots import count_slots, join_slots, split_slots
 from fedkit.arrays import NamedArrays
+from fedkit.errors import FedkitError
+from fedkit.message import CODING, Instructions
 
+from .aquila import AquilaMod
 from .base import Coded, Job, UpdateMod
+from .safari import SafariMod
 
 __all__ = ["TacMod", "join_slots", "split_slots"]
+
+_CODINGS: Final[Mapping[str, UpdateMod]] = {"aquila": AquilaMod(), "safari": SafariMod()}
 
 
 class TacMod(UpdateMod):
     """Turns the reply into the coded update of every slot. The server needs `fedkit.strategies.Tac`."""
 
     scheme: ClassVar[str] = "tac"
+
+    def rewinds(self, instructions: Instructions) -> bool:
+        """Return what the mod says that codes the slots."""
+        coding = _coding(instructions)
+        return coding is not None and coding.rewinds(instructions)
 
     def prepare(self, job: Job) -> NamedArrays:
         """Return what was sent; of a single slot the plain adapter, for apps that know no slots."""
@@ -34,6 +50,18 @@ class TacMod(UpdateMod):
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
         """Return the update of all slots as one frame, and say how many they are."""
-        num_slots = count_slots(update)
+        num_slots, coding = count_slots(update), _coding(job.instructions)
         slots = join_slots(split_slots(update, num_slots))
-        return Coded(job.instructions.codec.encode(slots, rng=job.rng), options={"num-slots": num_slots})
+        if coding is None:
+            coded = Coded(job.instructions.codec.encode(slots, rng=job.rng))
+        else:
+            coded = coding.code(slots, job)
+        return replace(coded, options={"num-slots": num_slots})
+
+
+def _coding(instructions: Instructions) -> UpdateMod | None:
+    """Return the mod that codes slots; None: they are sent as they are."""
+    name = instructions.options.get(CODING)
+    if name is not None and name not in _CODINGS:
+        raise FedkitError(f"the server asks for the coding {name!r}, which this fedkit lacks. Update it.")
+    return None if name is None else _CODINGS[str(name)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from flwr.app import Message, MetricRecord, RecordDict
 
+from fedkit.arrays import Mask, NamedArrays
+from fedkit.codec.wire import open_frame
 from fedkit.errors import ReplyError
 from fedkit.message import records_of
 
@@ -40,3 +42,9 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
             sums[key] = sums.get(key, 0.0) + weight * value
             weights[key] = weights.get(key, 0.0) + weight
     return MetricRecord({key: value / weights[key] for key, value in sums.items()})
+
+
+def opened(data: bytes, like: NamedArrays) -> tuple[NamedArrays, Mask | None]:
+    """Return the arrays of a frame that was checked before, and its mask."""
+    frame = open_frame(data, like=like)
+    return frame.arrays(), frame.mask
