@@ -39,6 +39,11 @@ class TacMod(UpdateMod):
         coding = _coding(instructions)
         return coding is not None and coding.rewinds(instructions)
 
+    def remembers_as(self, instructions: Instructions) -> str:
+        """Return the name of the scheme that codes the slots."""
+        coding = _coding(instructions)
+        return self.scheme if coding is None else coding.scheme
+
     def prepare(self, job: Job) -> NamedArrays:
         """Return what was sent; of a single slot the plain adapter, for apps that know no slots."""
         return job.sent if count_slots(job.sent) > 1 else split_slots(job.sent, 1)[0]

@@ -65,7 +65,7 @@ def purity(assignment: Assignment, tasks: Assignment) -> float:
 def adjusted_rand_index(assignment: Assignment, tasks: Assignment) -> float:
     """Return how well pairs of slots that share a cluster are those that share a task; for evaluation alone.
 
-    1: exactly; 0: as by chance. L. Hubert and P. Arabie, "Comparing Partitions", Journal of Classification 2, 1985.
+    1: exactly; 0: as by chance. L. Hubert and P. Arabie, "Comparing Partitions", J. of Classification 2, 1985.
 
     >>> adjusted_rand_index({"a": (0, 0), "b": (1, 1)}, {"a": (5, 5), "b": (3, 3)})
     1.0

@@ -85,7 +85,7 @@ def distances(points: Points, centroids: Points) -> Points:
     """Return the squared distance of every row of `points` to every row of `centroids`."""
     squares = np.einsum("ij,ij->i", points, points)[:, None] + np.einsum("ij,ij->i", centroids, centroids)
     apart = squares - 2 * (points @ centroids.T)
-    apart[apart < 1e-12 * squares] = 0.0  # what is left of equal rows is rounding
+    apart[apart < 1e-14 * squares] = 0.0  # what is left of equal rows is rounding
     return apart
 
 

@@ -16,8 +16,8 @@ from fedkit.flower import GridWrapper
 from fedkit.message import read_frame, to_arrays
 from fedkit.report import read_rounds
 from fedkit.rounds import RoundGrid
-from fedkit.skipping import SkipRule
 from fedkit.row_masks import RowMask
+from fedkit.skipping import SkipRule
 from fedkit.strategies import Aquila, ErrorFeedback, Marina, Plain, Safari, Tac
 from fedkit.submodels import lora_rank
 from tests.helpers.grid import InProcessGrid
