@@ -35,7 +35,7 @@ WIDTH: Final = 256
 """Values of a sketched row."""
 SIDE: Final = 32
 """Rows of L and columns of R; a layer that is no larger is not sketched."""
-EXACT: Final = 2**23
+EXACT: Final = 2**22
 """Values of all rows of a round, up to which they are exact."""
 
 
