@@ -1,7 +1,7 @@
 """Clustering of many adapters: ``python -m benchmarks.clusters [--full]``.
 
-TAC finds out which adapters are for one task. Adapters here are 75,000 values: that of their task, and noise twice
-as large. scikit-learn's KMeans, with the ten starts of FL-TAC's code, gets them as one matrix, as that code does;
+TAC finds out which adapters are for one task. Adapters here are 75,000 values: that of their task, and noise three
+times as large. scikit-learn's KMeans, with the ten starts of FL-TAC's code, gets them as one matrix, as there;
 fedkit gets the same vectors one by one. A *round* is all of the server's work in `Clustered`: frames of 4 bits are
 decoded, clustered, decoded again and averaged. Each arm runs in a process of its own, whose resident memory is
 read from outside, frames and interpreter included; libraries are loaded before the clock starts.
@@ -32,7 +32,7 @@ from fedkit.aggregation.tasks import Tasks
 from fedkit.codec.quantize import ZeroMidTread
 from fedkit.codec.wire import Codec, open_frame
 
-TASKS, VALUES, NOISE = 8, 75_000, 2.0
+TASKS, VALUES, NOISE = 8, 75_000, 3.0
 COLUMNS = {
     "arm": "arm",
     "adapters": "adapters",

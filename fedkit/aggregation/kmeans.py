@@ -26,7 +26,7 @@ Labels: TypeAlias = NDArray[np.int64]
 
 STARTS: Final = 20
 """How often k-means is begun anew at most: it ends earlier when the best is found for the `AGAIN`-th time."""
-AGAIN: Final = 4
+AGAIN: Final = 3
 STEPS: Final = 50
 """How many steps each takes at most."""
 
@@ -81,12 +81,18 @@ def kmeans(
     return [int(label) for label in labels]
 
 
-def distances(points: Points, centroids: Points) -> Points:
-    """Return the squared distance of every row of `points` to every row of `centroids`."""
-    squares = np.einsum("ij,ij->i", points, points)[:, None] + np.einsum("ij,ij->i", centroids, centroids)
+def distances(points: Points, centroids: Points, lengths: Points | None = None) -> Points:
+    """Return the squared distance of every row of `points`, of known squared lengths, to each of `centroids`."""
+    lengths = squared_lengths(points) if lengths is None else lengths
+    squares = lengths[:, None] + squared_lengths(centroids)
     apart = squares - 2 * (points @ centroids.T)
     apart[apart < 1e-14 * squares] = 0.0  # what is left of equal rows is rounding
     return apart
+
+
+def squared_lengths(points: Points) -> Points:
+    """Return the sum of squares of each row."""
+    return np.asarray(np.einsum("ij,ij->i", points, points))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,23 +132,27 @@ def _shortened(points: Points, known: Points | None) -> tuple[Points, Points | N
 
 
 def _spread(points: Points, owned: _Owned, count: int, rng: np.random.Generator) -> Points:
-    """Return `count` rows: a random owner's, then each drawn with the square of its distance to those before it.
+    """Return `count` rows: a random owner's, then the best of some drawn by squared distance to those before.
 
-    With owners of one row each this is k-means++.
+    With owners of one row each this is greedy k-means++, of as many draws as scikit-learn makes.
     """
     chosen = owned.first(rng)[:count]
-    nearest = distances(points, points[chosen]).min(axis=1)
+    lengths = squared_lengths(points)
+    nearest = distances(points, points[chosen], lengths).min(axis=1)
     while len(chosen) < count and nearest.any():
-        chosen.append(int(rng.choice(len(points), p=nearest / nearest.sum())))
-        nearest = np.minimum(nearest, distances(points, points[chosen[-1:]])[:, 0])
+        drawn = rng.choice(len(points), 2 + int(np.log(count)), p=nearest / nearest.sum())
+        then = np.minimum(nearest[:, None], distances(points, points[drawn], lengths))
+        best = int(then.sum(axis=0).argmin())
+        chosen.append(int(drawn[best]))
+        nearest = then[:, best]
     return points[chosen]
 
 
 def _lloyd(points: Points, centroids: Points, owned: _Owned) -> tuple[float, Labels]:
     """Return the sum of squared distances to the centroids, and the labels, when these no longer change."""
-    labels = np.full(len(points), -1)
+    labels, lengths = np.full(len(points), -1), squared_lengths(points)
     for _ in range(STEPS):
-        before, labels = labels, _nearest(distances(points, centroids), owned)
+        before, labels = labels, _nearest(distances(points, centroids, lengths), owned)
         if (labels == before).all():
             break
         centroids = means(points, labels, centroids)

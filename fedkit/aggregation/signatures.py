@@ -76,18 +76,19 @@ class Signatures:
 def sketch(row: Row) -> Row:
     """Return `WIDTH` values for a row of any size."""
     order, signs = _places(row.size)
-    padded = np.zeros(order.size, np.float32)
-    padded[: row.size] = row
-    padded[: row.size] *= signs
-    return padded[order].reshape(WIDTH, -1).sum(axis=1)
+    return np.einsum("ij,ij->i", row.take(order), signs)
 
 
 @lru_cache(maxsize=8)
 def _places(size: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Return which entries go to which sum, as many to each, and their signs; the same for one size, for ever."""
+    """Return which entries go to which sum, and their signs, a row for each sum; the same for one size, for ever.
+
+    All sums are of as many entries; those that there are not count zero times the first.
+    """
     rng = np.random.default_rng([size, WIDTH])
-    signs = rng.choice(np.array([-1, 1], np.float32), size)
-    return rng.permutation(-(-size // WIDTH) * WIDTH), signs
+    order = rng.permutation(-(-size // WIDTH) * WIDTH).reshape(WIDTH, -1)
+    signs = rng.choice(np.array([-1, 1], np.float32), order.shape)
+    return np.where(order < size, order, 0), np.where(order < size, signs, np.float32(0))
 
 
 def _products(adapter: NamedArrays) -> Row:
