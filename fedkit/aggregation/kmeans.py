@@ -30,7 +30,7 @@ AGAIN: Final = 3
 STEPS: Final = 50
 """How many steps each takes at most."""
 
-_SAME: Final = 1e-9  # relative difference of two sums of squares that are one
+_SAME: Final = 1e-4  # relative difference of the sums of squares of two results that are as good
 
 
 def kmeans(
@@ -73,9 +73,10 @@ def kmeans(
             begin = _spread(short, owned, count, rng)
         cost, these = _lloyd(short, begin, owned)
         if cost < best * (1 - _SAME):
-            best, labels, found = cost, these, 1
-        elif cost <= best * (1 + _SAME):
-            found += 1
+            found = 0
+        found += cost <= best * (1 + _SAME)
+        if cost < best:
+            best, labels = cost, these
         if found == AGAIN:
             break
     return [int(label) for label in labels]

@@ -13,7 +13,8 @@ right in the mean. Rows are exact while all of a round fit `EXACT` values, else 
 one as they come: each entry is added, under a random sign, to one of `WIDTH` sums (M. Charikar, K. Chen and M.
 Farach-Colton, "Finding Frequent Items in Data Streams", ICALP 2002; for distances K. Weinberger et al., "Feature
 Hashing for Large Scale Multitask Learning", ICML 2009). The squared distance of two rows is then right in the
-mean, with a relative variance of at most 2/`WIDTH`.
+mean, with a relative variance of about 2/`WIDTH`. The sums are not quite random, which is ours: entries are first
+folded into lines of `FOLD`, a prime number, lest the columns of a layer meet; only the line's sums are shuffled.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ WIDTH: Final = 256
 """Values of a sketched row."""
 SIDE: Final = 32
 """Rows of L and columns of R; a layer that is no larger is not sketched."""
+FOLD: Final = 8191
+"""Sums into which a row is folded before that."""
 EXACT: Final = 2**22
 """Values of all rows of a round, up to which they are exact."""
 
@@ -75,20 +78,19 @@ class Signatures:
 
 def sketch(row: Row) -> Row:
     """Return `WIDTH` values for a row of any size."""
-    order, signs = _places(row.size)
-    return np.einsum("ij,ij->i", row.take(order), signs)
+    signs, order = _places(row.size)
+    padded = np.zeros(signs.shape, np.float32)
+    padded.reshape(-1)[: row.size] = row
+    folded = np.append(np.einsum("ij,ij->j", padded, signs), np.float32(0))
+    return np.asarray(folded[order].sum(axis=1))
 
 
 @lru_cache(maxsize=8)
-def _places(size: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Return which entries go to which sum, and their signs, a row for each sum; the same for one size, for ever.
-
-    All sums are of as many entries; those that there are not count zero times the first.
-    """
+def _places(size: int) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Return the signs of entries, a line of `FOLD` in a row, and which lines' sums add up; fixed for a size."""
     rng = np.random.default_rng([size, WIDTH])
-    order = rng.permutation(-(-size // WIDTH) * WIDTH).reshape(WIDTH, -1)
-    signs = rng.choice(np.array([-1, 1], np.float32), order.shape)
-    return np.where(order < size, order, 0), np.where(order < size, signs, np.float32(0))
+    signs = rng.choice(np.array([-1, 1], np.float32), (-(-size // FOLD), FOLD))
+    return signs, rng.permutation(-(-FOLD // WIDTH) * WIDTH).reshape(WIDTH, -1)
 
 
 def _products(adapter: NamedArrays) -> Row:
