@@ -202,8 +202,7 @@ class Inbox:
             try:
                 data, frame, arrays, again = b"", None, None, None
                 if not report.skipped:
-                    data = read_frame(reply.content)
-                    like = expected(self.cohort.sent[node_id], report)
+                    like, data = expected(self.cohort.sent[node_id], report), read_frame(reply.content)
                     frame, again = open_frame(data, like=like), partial(opened, data, like)
                     values = frame.values()
                     check_norm(values)
