@@ -4,7 +4,8 @@ An app tells its tasks apart, and orders them in the same way each round, as *sl
 adapter that each starts from, `join_slots` puts the trained ones together. Nobody else knows what a slot is for.
 `fedkit.clients.slots.train_slots` does that for a PEFT model, which never holds more than one adapter.
 
-Slots are coded as they are or, if the server says so, as AQUILA's innovations or under SAFARI's masks.
+Slots are coded as they are or, if the server says so, as AQUILA's innovations, or under a mask. It is one for all
+slots of all clients in a round, unlike SAFARI's: adapters under masks of their own are hard to compare.
 
 Symbols and deviations: `fedkit.aggregation.cluster`.
 """
@@ -15,18 +16,45 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Final
 
+import numpy as np
+
 from fedkit.aggregation.slots import count_slots, join_slots, split_slots
 from fedkit.arrays import NamedArrays
+from fedkit.codec.sparsify import random_mask
 from fedkit.errors import FedkitError
 from fedkit.message import CODING, Instructions
 
 from .aquila import AquilaMod
 from .base import Coded, Job, UpdateMod
-from .safari import SafariMod
 
 __all__ = ["TacMod", "join_slots", "split_slots"]
 
-_CODINGS: Final[Mapping[str, UpdateMod]] = {"aquila": AquilaMod(), "safari": SafariMod()}
+
+class Plainly(UpdateMod):
+    """Codes slots as they are."""
+
+    scheme: ClassVar[str] = "tac"
+
+    def code(self, update: NamedArrays, job: Job) -> Coded:
+        """Return all of them."""
+        return Coded(job.instructions.codec.encode(update, rng=job.rng))
+
+
+class Masked(UpdateMod):
+    """Codes the entries of slots that all clients send in a round."""
+
+    scheme: ClassVar[str] = "tac"
+
+    def code(self, update: NamedArrays, job: Job) -> Coded:
+        """Return these entries of every slot."""
+        instructions = job.instructions
+        rng = np.random.default_rng([int(instructions.options["seed"]), instructions.server_round])
+        one = random_mask(split_slots(update, 1)[0], float(instructions.options["density"]), rng)
+        mask = {name: one[name.partition("/")[2]] for name in update}
+        return Coded(instructions.codec.encode(update, mask=mask, rng=job.rng))
+
+
+_CODINGS: Final[Mapping[str, UpdateMod]] = {"": Plainly(), "masked": Masked(), "aquila": AquilaMod()}
 
 
 class TacMod(UpdateMod):
@@ -36,13 +64,11 @@ class TacMod(UpdateMod):
 
     def rewinds(self, instructions: Instructions) -> bool:
         """Return what the mod says that codes the slots."""
-        coding = _coding(instructions)
-        return coding is not None and coding.rewinds(instructions)
+        return _coding(instructions).rewinds(instructions)
 
     def remembers_as(self, instructions: Instructions) -> str:
         """Return the name of the scheme that codes the slots."""
-        coding = _coding(instructions)
-        return self.scheme if coding is None else coding.scheme
+        return _coding(instructions).scheme
 
     def prepare(self, job: Job) -> NamedArrays:
         """Return what was sent; of a single slot the plain adapter, for apps that know no slots."""
@@ -55,18 +81,14 @@ class TacMod(UpdateMod):
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
         """Return the update of all slots as one frame, and say how many they are."""
-        num_slots, coding = count_slots(update), _coding(job.instructions)
-        slots = join_slots(split_slots(update, num_slots))
-        if coding is None:
-            coded = Coded(job.instructions.codec.encode(slots, rng=job.rng))
-        else:
-            coded = coding.code(slots, job)
+        num_slots = count_slots(update)
+        coded = _coding(job.instructions).code(join_slots(split_slots(update, num_slots)), job)
         return replace(coded, options={"num-slots": num_slots})
 
 
-def _coding(instructions: Instructions) -> UpdateMod | None:
-    """Return the mod that codes slots; None: they are sent as they are."""
-    name = instructions.options.get(CODING)
-    if name is not None and name not in _CODINGS:
+def _coding(instructions: Instructions) -> UpdateMod:
+    """Return the mod that codes slots as the server asks."""
+    name = str(instructions.options.get(CODING, ""))
+    if name not in _CODINGS:
         raise FedkitError(f"the server asks for the coding {name!r}, which this fedkit lacks. Update it.")
-    return None if name is None else _CODINGS[str(name)]
+    return _CODINGS[name]

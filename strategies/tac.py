@@ -62,8 +62,8 @@ class Tac(UpdateStrategy[ClusterState]):
     quantizer : Quantizer
         Of the updates of the adapters; None: float32.
     density : float
-        Share of each matrix of an adapter that a client sends, above 0 to 1, other entries in each round: SAFARI's
-        masks. An entry is averaged over those that sent it.
+        Share of each matrix of an adapter that clients send, above 0 to 1: other entries in each round, and the
+        same of all adapters, which are hard to compare under the masks of their own that SAFARI's clients have.
     skip : SkipRule, optional
         Send innovations, and nothing if they are small: AQUILA's lazy sum, in each cluster. A client is silent for
         all its slots together; each then counts with what the server has from it.
@@ -188,8 +188,7 @@ class Tac(UpdateStrategy[ClusterState]):
             step = sum(self._steps[k] for k in self._clusters_of(node_id)) if self._steps else 0.0
             return {CODING: "aquila", **self.skip.to_options([step])}
         if self.density < 1:
-            mask: dict[str, Scalar] = {"density": self.density, "rewire": 1.0, "sparse-model": False}
-            return {CODING: "safari", **mask, "seed": self.seed}
+            return {CODING: "masked", "density": self.density, "seed": self.seed}
         return {}
 
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
