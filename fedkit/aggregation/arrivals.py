@@ -78,7 +78,7 @@ class Arrivals:
         for adapter in clusters:
             self._signatures.add(adapter)
         self._uploads: list[Upload] = []
-        self._silent: list[Upload] = []
+        self._silent: dict[str, Upload] = {}
         self._slots: list[Slot] = []
         self._lengths: list[float] = []
         self._kept = 0
@@ -87,7 +87,7 @@ class Arrivals:
     def add(self, upload: Upload, sent: NamedArrays) -> None:
         """Take in one upload, given what its client was sent."""
         if upload.arrays is None:
-            self._silent.append(upload)
+            self._silent[upload.client_id] = upload
             return
         num_slots = count_slots(upload.arrays)
         updates, starts = split_slots(upload.arrays, num_slots), split_slots(sent, num_slots)
@@ -134,9 +134,10 @@ class Arrivals:
                 if self.lazy is None:
                     arrays = _moved(arrays, mask, one.start, self.clusters[k])
                 yield replace(upload, client_id=name, node_id=numbers[name], arrays=arrays, mask=mask)
-        for upload in self._silent:
-            for name in (name for name in numbers if name.rpartition("#")[0] == upload.client_id):
-                yield replace(upload, client_id=name, node_id=numbers[name])
+        for name, number in numbers.items() if self._silent else ():
+            silent = self._silent.get(name.rpartition("#")[0])
+            if silent is not None:
+                yield replace(silent, client_id=name, node_id=number)
 
     def _open(self, number: int) -> list[tuple[NamedArrays, Mask | None]]:
         """Return what an upload says of each of its slots."""
@@ -150,9 +151,9 @@ class Arrivals:
 
     def _whole(self, upload: Upload, slot: int, update: NamedArrays) -> NamedArrays:
         """Return how a slot differs from its start: its upload, and what the server had from it."""
-        held = (
-            None if self.lazy is None or upload.fresh else self.lazy.memory.get(slot_name(upload.client_id, slot))
-        )
+        if self.lazy is None or upload.fresh:
+            return update
+        held = self.lazy.memory.get(slot_name(upload.client_id, slot))
         return update if held is None else add(held, update)
 
 

@@ -9,7 +9,7 @@ former adapters that they are nearest to, one to one, and nearest in all.
 What happens when
 -----------------
 A cluster is empty
-    It keeps its adapter and its number. Once none of its slots is known any more, a new task may take it.
+    It keeps its adapter and its number. Once no slot that is known was last in it, a new task may take it.
 There are fewer adapters than clusters
     As many clusters change as there are different adapters, at most; the others keep their adapters.
 A client comes late
