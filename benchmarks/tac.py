@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "examples": 1500,
     "adapted-blocks": 1,
     "max-tokens": 48,
-    "learning-rate": 0.005,
+    "learning-rate": 0.01,
     "local-steps": 4,
     "batch-size": 16,
     "shared-r": 16,
@@ -98,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, help="instead of 10, or 3 without --full")
+    arguments.add_argument("--examples", type=int, help="of each task to train with, instead of 1500, or 100")
     arguments.add_argument("--seeds", type=int, nargs="+", help="instead of 0 1 2, or 0 without --full")
     arguments.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="instead of all")
     options = arguments.parse_args(argv)
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     bench = Bench("tac", options)
     settings = SETTINGS if bench.full else SETTINGS | {"examples": 100, "local-steps": 1}
+    settings |= {"examples": options.examples or settings["examples"]}
     seeds = options.seeds or ([0, 1, 2] if bench.full else [0])
     rounds, clients = options.rounds or (10 if bench.full else 3), 10 if bench.full else 4
     code = sources_digest("fedkit/aggregation", "examples/multitask")

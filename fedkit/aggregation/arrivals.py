@@ -146,7 +146,7 @@ class Arrivals:
         if arrays is None and upload.again is not None:
             arrays, mask = upload.again()
         num_slots = count_slots(arrays or {})
-        masks = [None] * num_slots if mask is None else split_slots(mask, num_slots)
+        masks: list[Mask | None] = [None] * num_slots if mask is None else [*split_slots(mask, num_slots)]
         return list(zip(split_slots(arrays or {}, num_slots), masks, strict=True))
 
     def _whole(self, upload: Upload, slot: int, update: NamedArrays) -> NamedArrays:

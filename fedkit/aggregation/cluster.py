@@ -99,7 +99,8 @@ class Clustered:
             arrivals.add(upload, cohort.sent[upload.node_id])
         seen = arrivals.cluster(state.assignment)
         assignment = {**state.assignment, **seen.assignment()}
-        new, inner, metrics, stand_ins = list(clusters), state.inner, _count(seen), {}
+        new, inner, metrics = list(clusters), state.inner, _count(seen)
+        stand_ins: dict[str, str] = {}
         for k in sorted({label for labels in assignment.values() for label in labels}):
             own = _cohort_of(k, clusters[k], cohort, assignment)
             step = self.inner(clusters[k], own, arrivals.uploads(k, own), inner)
@@ -144,7 +145,7 @@ def _cohort_of(k: int, adapter: NamedArrays, cohort: Cohort, assignment: Assignm
 
 
 def _count(seen: Seen) -> dict[str, float]:
-    metrics = {"adapters": len(seen.labels), "clusters": len(set(seen.labels))}
+    metrics: dict[str, float] = {"adapters": len(seen.labels), "clusters": len(set(seen.labels))}
     return metrics | ({"set-aside": int(seen.aside.sum())} if seen.aside.any() else {})
 
 

@@ -86,7 +86,8 @@ class Compensated:
             for name, digest in saved["digests"].items():
                 memory.open(name, digest)
         similarity = Similarity(*saved["similarity"])
-        return CompensateState(clients, similarity, *saved["rounds"], memory, saved["inner"])
+        rounds, latest = saved["rounds"]
+        return CompensateState(clients, similarity, rounds, latest, memory, saved["inner"])
 
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: CompensateState
