@@ -7,7 +7,7 @@ phone needs for five tasks is what it needs for one, and 4 bytes for each value 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 from fedkit.aggregation.slots import join_slots, split_slots
 from fedkit.arrays import NamedArrays
 
-from .adapters import PeftModel, get_adapter, set_adapter
+from .adapters import get_adapter, set_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 T = TypeVar("T")
 

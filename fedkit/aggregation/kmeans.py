@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -64,13 +65,8 @@ def kmeans(
     owned = _Owned.of(owners, len(points))
     rng = np.random.default_rng(seed)
     best, labels, found = np.inf, np.zeros(len(points), np.int64), 0
-    for start in range(STARTS + 1):
-        if start == 0:
-            if first is None or len(first) > count:
-                continue
-            begin = first
-        else:
-            begin = _spread(short, owned, count, rng)
+    warm = [first] if first is not None and len(first) <= count else []
+    for begin in chain(warm, (_spread(short, owned, count, rng) for _ in range(STARTS))):
         cost, these = _lloyd(short, begin, owned)
         if cost < best * (1 - _SAME):
             found = 0
@@ -100,8 +96,8 @@ def squared_lengths(points: Points) -> Points:
 class _Owned:
     """Which rows have one owner."""
 
-    rows: Labels  # the first row of each owner that has several, so that none of them begins alone
-    several: list[Labels]  # the rows of each owner that has several
+    rows: Labels  # the first row of each owner
+    several: list[Labels]  # all rows of each owner that has several
 
     @classmethod
     def of(cls, owners: Sequence[str] | None, count: int) -> _Owned:
