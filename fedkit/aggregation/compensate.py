@@ -71,7 +71,8 @@ class Compensated:
         return {
             "clients": {name: known.plain() for name, known in state.clients.items()},
             "similarity": [similarity.clients, similarity.sums, similarity.counts],
-            "rounds": [state.rounds, state.latest],
+            "rounds": state.rounds,
+            "latest": state.latest,
             "digests": dict(state.memory.digests) if state.memory else {},
             "inner": state.inner,
         }
@@ -86,8 +87,8 @@ class Compensated:
             for name, digest in saved["digests"].items():
                 memory.open(name, digest)
         similarity = Similarity(*saved["similarity"])
-        rounds, latest = saved["rounds"]
-        return CompensateState(clients, similarity, rounds, latest, memory, saved["inner"])
+        rounds = saved["rounds"], saved.get("latest", 0)
+        return CompensateState(clients, similarity, *rounds, memory, saved["inner"])
 
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: CompensateState

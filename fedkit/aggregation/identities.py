@@ -92,4 +92,4 @@ def _table(assignment: Assignment, tasks: Assignment) -> NDArray[np.int64]:
 def _pairs(assignment: Assignment, tasks: Assignment) -> list[tuple[int, int]]:
     """Return (cluster, task) of every slot that both know."""
     names = [name for name in assignment if name in tasks]
-    return [pair for name in names for pair in zip(assignment[name], tasks[name], strict=True)]
+    return [pair for name in names for pair in zip(assignment[name], tasks[name], strict=False)]

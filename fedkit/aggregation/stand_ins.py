@@ -65,8 +65,8 @@ class Turn:
             return replace(self.before, inner=inner)
         clients = {**self.before.clients, **self.received}
         clients |= {name: clients[name].missed() for name in self._expected()}
-        now = self.rounds + 1, self.cohort.server_round
-        return CompensateState(clients, self.similarity, *now, self.memory, inner)
+        rounds = self.rounds + 1, self.cohort.server_round
+        return CompensateState(clients, self.similarity, *rounds, self.memory, inner)
 
     # ---- the choices ---------------------------------------------------------------------------
 

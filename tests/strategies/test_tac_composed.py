@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from fedkit.aggregation.arrivals import Seen
 from fedkit.aggregation.cluster import Clustered
 from fedkit.aggregation.identities import adjusted_rand_index, cluster_accuracy
 from fedkit.aggregation.missing import Missing
@@ -17,6 +18,7 @@ from fedkit.faults import Faults
 from fedkit.message import to_arrays
 from fedkit.skipping import SkipRule
 from fedkit.strategies import Aquila, Tac
+from fedkit.strategies.cluster_map import ClusterMap
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import client_app, initial, targets
 from tests.strategies.test_tac import TASKS, by_task, client, clients, everybody, flat, goals, run
@@ -163,3 +165,27 @@ def test_the_map_has_every_adapter_of_every_round(tmp_path):
     spread = max(np.linalg.norm(np.subtract(p, means[k])) for k, places in middle.items() for p in places)
     apart = min(np.linalg.norm(means[i] - means[j]) for i in means for j in means if i != j)
     assert apart > 3 * spread, "clusters are apart on the map, too"
+
+
+def test_an_adapter_that_was_set_aside_is_at_the_rim_of_the_map(tmp_path):
+    points = np.random.default_rng(0).normal(size=(9, 20))
+    points[8] = 1e17
+    aside = np.arange(9) == 8
+    ClusterMap(None).put(tmp_path, 1, Seen("abcdefghi", [0] * 9, points, [0, 1] * 4 + [0], aside))
+    (line,) = [json.loads(line) for line in (tmp_path / "clusters.jsonl").read_text().splitlines()]
+    out = [np.hypot(adapter["x"], adapter["y"]) for adapter in line["adapters"]]
+    assert max(out[:8]) < out[8] <= 1.6 * max(out[:8])
+    assert [adapter.get("aside", False) for adapter in line["adapters"]] == aside.tolist()
+    assert "ari" not in line
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (2, 1), (600, 700)])
+def test_any_number_of_adapters_is_put_on_the_map(shape, tmp_path):
+    points = np.random.default_rng(0).normal(size=shape)
+    seen = Seen(
+        [str(i) for i in range(shape[0])], [0] * shape[0], points, [0] * shape[0], np.zeros(shape[0], bool)
+    )
+    ClusterMap({"0": (1, 2)}).put(tmp_path, 3, seen)
+    (line,) = [json.loads(line) for line in (tmp_path / "clusters.jsonl").read_text().splitlines()]
+    assert len(line["adapters"]) == shape[0]
+    assert line["ari"] == line["purity"] == 1.0
