@@ -87,6 +87,10 @@ class UpdateMod(ABC):
         """Return whether a lost upload, too, leaves traces in the scheme's state; see `fedkit.memory.rewind`."""
         return False
 
+    def remembers_as(self, instructions: Instructions) -> str:
+        """Return the scheme by whose name entries of the state begin; here this one."""
+        return self.scheme
+
     def prepare(self, job: Job) -> NamedArrays:
         """Return the arrays that the app gets; here those that were sent."""
         return job.sent
@@ -117,7 +121,7 @@ class UpdateMod(ABC):
             lora = str(instructions.options.get(LORA, ""))
             rewinds = self.rewinds(instructions) or lora == "fedsa"
             if rewinds and message.metadata.message_type == MessageType.TRAIN:
-                rewind(state, self.scheme, instructions.server_round)
+                rewind(state, self.remembers_as(instructions), instructions.server_round)
             where.save(state)  # before any training: a disk that is full or read-only must not cost it
             job = Job(client_id(context), sent, parcel.version, instructions, state)
             given = completed(self.prepare(job), lora, state, self.scheme)

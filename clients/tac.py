@@ -2,26 +2,73 @@
 
 An app tells its tasks apart, and orders them in the same way each round, as *slots*: `split_slots` gives the
 adapter that each starts from, `join_slots` puts the trained ones together. Nobody else knows what a slot is for.
+`fedkit.clients.slots.train_slots` does that for a PEFT model, which never holds more than one adapter.
+
+Slots are coded as they are or, if the server says so, as AQUILA's innovations, or under a mask. It is one for all
+slots of all clients in a round, unlike SAFARI's: adapters under masks of their own are hard to compare.
 
 Symbols and deviations: `fedkit.aggregation.cluster`.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar, Final
+
+import numpy as np
 
 from fedkit.aggregation.slots import count_slots, join_slots, split_slots
 from fedkit.arrays import NamedArrays
+from fedkit.codec.sparsify import random_mask
+from fedkit.errors import FedkitError
+from fedkit.message import CODING, Instructions
 
+from .aquila import AquilaMod
 from .base import Coded, Job, UpdateMod
 
 __all__ = ["TacMod", "join_slots", "split_slots"]
+
+
+class Plainly(UpdateMod):
+    """Codes slots as they are."""
+
+    scheme: ClassVar[str] = "tac"
+
+    def code(self, update: NamedArrays, job: Job) -> Coded:
+        """Return all of them."""
+        return Coded(job.instructions.codec.encode(update, rng=job.rng))
+
+
+class Masked(UpdateMod):
+    """Codes the entries of slots that all clients send in a round."""
+
+    scheme: ClassVar[str] = "tac"
+
+    def code(self, update: NamedArrays, job: Job) -> Coded:
+        """Return these entries of every slot."""
+        instructions = job.instructions
+        rng = np.random.default_rng([int(instructions.options["seed"]), instructions.server_round])
+        one = random_mask(split_slots(update, 1)[0], float(instructions.options["density"]), rng)
+        mask = {name: one[name.partition("/")[2]] for name in update}
+        return Coded(instructions.codec.encode(update, mask=mask, rng=job.rng))
+
+
+_CODINGS: Final[Mapping[str, UpdateMod]] = {"": Plainly(), "masked": Masked(), "aquila": AquilaMod()}
 
 
 class TacMod(UpdateMod):
     """Turns the reply into the coded update of every slot. The server needs `fedkit.strategies.Tac`."""
 
     scheme: ClassVar[str] = "tac"
+
+    def rewinds(self, instructions: Instructions) -> bool:
+        """Return what the mod says that codes the slots."""
+        return _coding(instructions).rewinds(instructions)
+
+    def remembers_as(self, instructions: Instructions) -> str:
+        """Return the name of the scheme that codes the slots."""
+        return _coding(instructions).scheme
 
     def prepare(self, job: Job) -> NamedArrays:
         """Return what was sent; of a single slot the plain adapter, for apps that know no slots."""
@@ -35,5 +82,13 @@ class TacMod(UpdateMod):
     def code(self, update: NamedArrays, job: Job) -> Coded:
         """Return the update of all slots as one frame, and say how many they are."""
         num_slots = count_slots(update)
-        slots = join_slots(split_slots(update, num_slots))
-        return Coded(job.instructions.codec.encode(slots, rng=job.rng), options={"num-slots": num_slots})
+        coded = _coding(job.instructions).code(join_slots(split_slots(update, num_slots)), job)
+        return replace(coded, options={"num-slots": num_slots})
+
+
+def _coding(instructions: Instructions) -> UpdateMod:
+    """Return the mod that codes slots as the server asks."""
+    name = str(instructions.options.get(CODING, ""))
+    if name not in _CODINGS:
+        raise FedkitError(f"the server asks for the coding {name!r}, which this fedkit lacks. Update it.")
+    return _CODINGS[name]

@@ -44,6 +44,7 @@ VERSION: Final = "version"
 BESIDE: Final = "beside"
 SUBMODEL: Final = "submodel"  # of a node's config, and an option of its reports
 PROFILE: Final = "profile"  # of a node's config, and an option of its first report: what its device can carry
+CODING: Final = "coding"  # an option of TAC: whose mod codes the slots; none: as they are
 LORA: Final = "lora"  # an option of instructions: what of LoRA factors stays on the client
 
 

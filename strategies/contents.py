@@ -6,6 +6,8 @@ import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from fedkit.arrays import Mask, NamedArrays
+from fedkit.codec.wire import open_frame
 from fedkit.errors import ReplyError
 from fedkit.message import records_of
 
@@ -46,3 +48,9 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
 
 def _items(content: RecordDict) -> list[tuple[str, int | float | list[int] | list[float]]]:
     return [item for record in records_of(content, MetricRecord) for item in record.items()]
+
+
+def opened(data: bytes, like: NamedArrays) -> tuple[NamedArrays, Mask | None]:
+    """Return the arrays of a frame that was checked before, and its mask."""
+    frame = open_frame(data, like=like)
+    return frame.arrays(), frame.mask

@@ -202,7 +202,8 @@ class Parts:
             if upload.arrays is not None and not self.trivial:
                 name, like = self.rows.key(upload.submodel, upload.node_id), self._like
                 part, mask = self._of(name), upload.mask and self._of(name).embed_mask(upload.mask, like=like)
-                yield replace(upload, arrays=embed(upload.arrays, part, like=like), mask=mask, submodel=name)
+                arrays = embed(upload.arrays, part, like=like)
+                yield replace(upload, arrays=arrays, mask=mask, submodel=name, again=None)
             else:
                 yield upload
 

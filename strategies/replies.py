@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from fedkit.ledger import Ledger
 from fedkit.memory import GENESIS, chain
 from fedkit.message import Report, read_frame, read_report, restore_metrics
 
-from .contents import content_of, metrics_of, weight_of
+from .contents import content_of, metrics_of, opened, weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -200,10 +201,10 @@ class Inbox:
         for reply, report, weight in judged:
             node_id = reply.metadata.src_node_id
             try:
-                data, frame, arrays = b"", None, None
+                data, frame, arrays, again = b"", None, None, None
                 if not report.skipped:
-                    data = read_frame(reply.content)
-                    frame = open_frame(data, like=expected(self.cohort.sent[node_id], report))
+                    like, data = expected(self.cohort.sent[node_id], report), read_frame(reply.content)
+                    frame, again = open_frame(data, like=like), partial(opened, data, like)
                     values = frame.values()
                     check_norm(values)
                     arrays = frame.arrays(values)
@@ -226,6 +227,7 @@ class Inbox:
                 wire_bytes=len(data),
                 digest=digest,
                 submodel=self.cohort.submodels.get(node_id, ""),
+                again=again,
             )
 
     def tell(self, stand_ins: Mapping[str, str] = NOBODY) -> None:

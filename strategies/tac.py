@@ -3,88 +3,164 @@
 S. Ping, Y. Mao, Y. Liu, X.-P. Zhang and W. Ding, "FL-TAC: Enhanced Fine-Tuning in Federated Learning via
 Low-Rank, Task-Specific Adapter Clustering", ICLR 2024 Workshop on LLM Agents, https://arxiv.org/abs/2404.15384.
 
-Symbols and deviations: `fedkit.aggregation.cluster`.
+Symbols and deviations: `fedkit.aggregation.cluster`; the rules of the clustering: `fedkit.aggregation.tasks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Final, Self
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from fedkit.aggregation.cluster import ClusterMean, ClusterState
+from fedkit.aggregation.cluster import Clustered, ClusterState
+from fedkit.aggregation.identities import Assignment
+from fedkit.aggregation.lazy import LazyMean
+from fedkit.aggregation.mean import MaskedMean, Mean
+from fedkit.aggregation.missing import Choice, Missing
+from fedkit.aggregation.product import ProductMean
+from fedkit.aggregation.protocol import Aggregator
+from fedkit.aggregation.signatures import Signature
 from fedkit.aggregation.slots import join_slots, replicate, split_clusters, split_slots
-from fedkit.arrays import NamedArrays
+from fedkit.aggregation.tasks import Number, Tasks
+from fedkit.arrays import NamedArrays, squared_norm, subtract
+from fedkit.checkpoint import Tree
 from fedkit.codec.protocol import Quantizer
 from fedkit.codec.wire import Codec
+from fedkit.config import Scalar
 from fedkit.errors import ConfigError, ReplyError
-from fedkit.message import Report
+from fedkit.message import CODING, Report
 from fedkit.ordinary import split
+from fedkit.skipping import SkipRule
 
 from .base import UpdateStrategy
-from .parts import PRODUCTS
+from .cluster_map import ClusterMap
+from .composition import REMEMBERS
+from .parts import PRODUCTS, LoraMode
+
+_WHOLE: Final = "adapters are told apart by comparing all of them, whole."
 
 
 class Tac(UpdateStrategy[ClusterState]):
     """One adapter per task, found by clustering. Clients need `fedkit.clients.TacMod`.
 
     The arrays that `start` and `evaluate_fn` see hold an adapter per cluster, ``cluster-0/NAME`` and so on
-    (`fedkit.aggregation.slots`). Start from one plain adapter: every cluster begins with it.
+    (`fedkit.aggregation.slots`). Start from one plain adapter: every cluster begins with it. With a `checkpoint`,
+    the folder also gets ``clusters.jsonl``, a map of the adapters in each round: `ClusterMap`.
 
     Parameters
     ----------
     num_clusters : int
-        How many tasks there are over all clients.
+        How many tasks there are over all clients, or may be.
+    number : {"given", "at-most"}
+        Whether there are that many, or as many, up to that, as fit best.
+    signature : {"factors", "product"}
+        What of adapters is compared: the LoRA factors, or their products.
     max_slots : int, optional
         How many adapters one client may send; as many as there are clusters if unset.
     quantizer : Quantizer
         Of the updates of the adapters; None: float32.
+    density : float
+        Share of each matrix of an adapter that clients send, above 0 to 1: other entries in each round, and the
+        same of all adapters, which are hard to compare under the masks of their own that SAFARI's clients have.
+    skip : SkipRule, optional
+        Send innovations, and nothing if they are small: AQUILA's lazy sum, in each cluster. A client is silent for
+        all its slots together; each then counts with what the server has from it.
+    missing : {"drop", "reweight", "mifa", "safari"} or Missing
+        What the slots of missing clients count with in their clusters: "safari", with what the most similar slot
+        of the cluster sent. With `skip` what the server has from them, and nothing else.
+    lora : {"factors", "product", "product-update"}
+        How LoRA factors are averaged inside a cluster.
     distinct : bool
         Whether adapters of one client are for different tasks, and so never share a cluster.
+    anchored, screened : bool
+        Whether the clusters' present adapters are clustered along, and odd adapters set aside.
     weighted : bool
         Whether clients count by their number of examples; each of a client's adapters counts alike.
+    tasks : mapping of str to sequence of int, optional
+        The true task of each slot, by client id: for purity and ARI in the map, and for nothing else.
     seed : int
-        Of k-means, and of the choice of clients.
+        Of k-means, of masks, and of the choice of clients.
     **options
         As in `UpdateStrategy`.
+
+    Raises
+    ------
+    ConfigError
+        For impossible values, and combinations.
     """
 
     scheme: ClassVar[str] = "tac"
     one_for_all: ClassVar[bool] = False
-    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("submodels", "row_mask", "missing", "ffa", "fedsa", *PRODUCTS),
-        "adapters are told apart by comparing all of them, whole.",
-    )
-    state_types: ClassVar[tuple[type, ...]] = (ClusterState,)
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(("submodels", "row_mask", "ffa", "fedsa"), _WHOLE)
+    aggregator: Clustered
 
     def __init__(
         self,
         *,
         num_clusters: int,
+        number: Number = "given",
+        signature: Signature = "factors",
         max_slots: int | None = None,
         quantizer: Quantizer | None = None,
+        density: float = 1.0,
+        skip: SkipRule | None = None,
+        missing: Choice | Missing = "drop",
+        lora: LoraMode = "factors",
         distinct: bool = True,
+        anchored: bool = True,
+        screened: bool = True,
         weighted: bool = False,
+        tasks: Assignment | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
+        _check(density, skip, Missing.of(missing), lora)
+        inner: Aggregator[Any] = Mean(weighted)
+        if lora in PRODUCTS:
+            inner = ProductMean(weighted, lora == "product-update")
+        elif skip is not None:
+            inner = LazyMean(weighted)
+        elif density < 1:
+            inner = MaskedMean(weighted)
+        rules = Tasks(num_clusters, number, signature, distinct, anchored, screened, seed)
         options.setdefault("downlink", None)
+        aggregator = Clustered(rules, inner)
         super().__init__(
-            ClusterMean(num_clusters, distinct, weighted, seed), Codec(quantizer), seed=seed, **options
+            aggregator, Codec(quantizer), missing="drop" if skip else missing, lora=lora, seed=seed, **options
         )
-        self.state = ClusterState()
-        self.num_clusters = num_clusters
+        self.num_clusters, self.density, self.skip = num_clusters, density, skip
         self.max_slots = num_clusters if max_slots is None else max_slots
         if self.max_slots < 1:
             raise ConfigError(f"max_slots must be at least 1, got {max_slots}.")
+        self.state = ClusterState()
+        self._map = ClusterMap(tasks)
+        self._steps: Sequence[float] = ()  # squared norm of the last step of each cluster
 
     @classmethod
     def published(cls, **options: Any) -> Self:
         """Return FL-TAC as published: k-means alone says which adapters are for one task."""
-        return cls(distinct=False, **options)
+        return cls(**{"distinct": False, "anchored": False, "screened": False, **options})
+
+    # ---- what the strategy remembers -----------------------------------------------------------
+
+    def remember(self) -> Tree:
+        """Return what the aggregator says, and what the skip rule needs."""
+        return {"aggregation": super().remember(), "steps": list(self._steps)}
+
+    def recall(self, params: NamedArrays, saved: Tree | None) -> None:
+        """Go on; of a lazy sum, a client whose file is lost starts anew."""
+        super().recall(params, saved and saved["aggregation"])
+        self._steps = saved["steps"] if saved else ()
+        self._accept()
+
+    def _accept(self) -> None:
+        if self.skip is not None:
+            self.registry.accepted = self.aggregator.digests(self.state)
+
+    # ---- Flower's round ------------------------------------------------------------------------
 
     def start(
         self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *args: Any, **kwargs: Any
@@ -98,13 +174,24 @@ class Tac(UpdateStrategy[ClusterState]):
         """Return, for each slot of each node, the adapter of its cluster; v^0 for a node not known yet."""
         clusters = split_clusters(params)
         newcomer = join_slots([self.state.start])
-        names, assignment = self.registry.names(node_ids), self.state.assignment
+        slots = {node_id: self._clusters_of(node_id) for node_id in node_ids}
         return {
-            node_id: join_slots([clusters[k] for k in assignment[names[node_id]]])
-            if names.get(node_id) in assignment
-            else newcomer
-            for node_id in node_ids
+            node_id: join_slots([clusters[k] for k in numbers]) if numbers else newcomer
+            for node_id, numbers in slots.items()
         }
+
+    def _clusters_of(self, node_id: int) -> Sequence[int]:
+        """Return the clusters of a node's slots; none if it is not known."""
+        return self.state.assignment.get(self.registry.names([node_id]).get(node_id, ""), ())
+
+    def _options_of(self, node_id: int, known: dict[str, Mapping[str, Scalar]]) -> Mapping[str, Scalar]:
+        """Return how a node codes its slots; when it may skip, by the last steps of its own clusters."""
+        if self.skip is not None:
+            step = sum(self._steps[k] for k in self._clusters_of(node_id)) if self._steps else 0.0
+            return {CODING: "aquila", **self.skip.to_options([step])}
+        if self.density < 1:
+            return {CODING: "masked", "density": self.density, "seed": self.seed}
+        return {}
 
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
         """Return arrays with the names and shapes of all slots that the client says it has."""
@@ -112,3 +199,36 @@ class Tac(UpdateStrategy[ClusterState]):
         if type(num_slots) is not int or not 1 <= num_slots <= self.max_slots:
             raise ReplyError(f"num-slots: expected 1 to {self.max_slots}, got {num_slots!r}. See max_slots.")
         return join_slots(split_slots(sent, num_slots))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Return the new arrays and metrics, and put the round's adapters on the map."""
+        before = self._params
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        self._accept()
+        if arrays is not None:
+            moved = zip(split_clusters(self.border.inward(arrays)), split_clusters(before), strict=True)
+            self._steps = [squared_norm(subtract(new, old)) for new, old in moved]
+            self._map.put(self.progress.folder, server_round + self.progress.before, self.state.seen)
+        return arrays, metrics
+
+
+def _check(density: float, skip: SkipRule | None, missing: Missing, lora: LoraMode) -> None:
+    """Raise ConfigError, with the reason, for options of a cluster's aggregation that do not go together."""
+    if not 0 < density <= 1:
+        raise ConfigError(f"density must be above 0 and at most 1, got {density}.")
+    if density < 1 and lora in PRODUCTS:
+        raise ConfigError(f"density: not with lora={lora!r}: of single entries of factors no product can be made.")
+    if skip is None:
+        return
+    if len(skip.weights) > 1:
+        raise ConfigError("skip: only a rule of one step, as AQUILA's is: slots change their clusters.")
+    if density < 1:
+        raise ConfigError("skip: not with a density: entries that rest would move by what was sent rounds ago.")
+    if lora in PRODUCTS:
+        raise ConfigError(f"skip: not with lora={lora!r}: {REMEMBERS}")
+    if missing.by not in ("drop", "mifa"):
+        raise ConfigError(
+            f"missing: {missing.by!r}: not with skip: a missing slot counts like one that is silent on purpose."
+        )

@@ -1,4 +1,4 @@
-"""FL-TAC's server half: k-means over all task adapters received, then the mean of each cluster.
+"""FL-TAC's server half: all task adapters received are clustered, and each cluster is aggregated on its own.
 
 S. Ping, Y. Mao, Y. Liu, X.-P. Zhang and W. Ding, "FL-TAC: Enhanced Fine-Tuning in Federated Learning via
 Low-Rank, Task-Specific Adapter Clustering", ICLR 2024 Workshop on LLM Agents, https://arxiv.org/abs/2404.15384.
@@ -6,10 +6,10 @@ Low-Rank, Task-Specific Adapter Clustering", ICLR 2024 Workshop on LLM Agents, h
 =========  ==========================================  ==========================================
 paper      meaning                                     here
 =========  ==========================================  ==========================================
-N          number of tasks over all clients            `num_clusters`
+N          number of tasks over all clients            `Tasks.num_clusters`
 N_i        tasks of client i                           its *slots*, 0, 1, ...
 v_{i,j}    adapter of client i for its task j          start + upload, under ``slot-j/``
-V          adapters received in a round                `points`, one flat adapter per row
+V          adapters received in a round                `Arrivals`, a row for each
 v_n        adapter of cluster n                        `params`, under ``cluster-n/``
 v^0        the one adapter that all start from         `replicate`
 =========  ==========================================  ==========================================
@@ -19,220 +19,139 @@ the unweighted mean of its cluster, and a client gets, for each of its slots, th
 
 Deviations from the paper
 -------------------------
-Adapters of one client never share a cluster (unless it has more of them than there are clusters): its tasks are
-different ones. Plain k-means, as published, lets one odd adapter take a cluster of its own and merges two tasks,
-which then start alike and never part; `distinct=False` does that.
+`fedkit.aggregation.tasks` has the rules of the clustering: adapters of one client are for different tasks; the
+clusters' present adapters are clustered along; odd ones are set aside. `fedkit.strategies.Tac.published` has none
+of these. Where the paper says nothing: a cluster takes the number of the former adapter it is nearest to, and one
+that nobody is in keeps its adapter. A client that missed rounds gets the present adapters of its clusters, where
+the paper leaves it with its own stale ones; one that comes late starts from v^0, like all before it.
 
-Where the paper says nothing: a cluster takes the number of the former adapter it is nearest to (the cheapest
-one-to-one matching), and a cluster that nobody is in keeps its adapter. A client that missed rounds gets the
-present adapters of its clusters, where the paper leaves it with its own stale ones; one that comes late starts
-from v^0, like all before it. There are never more clusters than different adapters.
+Any aggregation will do inside a cluster, where the paper has the mean: each slot is one client to it, named
+``CLIENT#SLOT``, and its upload is how its adapter differs from its cluster's. A lazy sum (`LazyMean`) instead adds
+to what the server has from the slot, which moves with it from cluster to cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.util import find_spec
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from fedkit.aggregation.arrivals import Arrivals, Seen, slot_name
+from fedkit.aggregation.identities import Assignment
+from fedkit.aggregation.lazy import LazyMean, LazyState
+from fedkit.aggregation.lora import LORA_GAP
 from fedkit.aggregation.mean import weighted_mean
-from fedkit.aggregation.protocol import Aggregate, Cohort, Upload
-from fedkit.aggregation.slots import count_slots, join_clusters, split_clusters, split_slots
-from fedkit.arrays import NamedArrays, add, flatten
-from fedkit.errors import ConfigError
-
-Assignment: TypeAlias = Mapping[str, Sequence[int]]  # a number for each slot, by client id
-Points: TypeAlias = NDArray[np.float64]  # one flat adapter per row
-
-_STARTS, _STEPS = 20, 50  # of k-means: the best of so many starts, each so many steps long
+from fedkit.aggregation.protocol import Aggregate, Aggregator, Cohort, Remembering, Upload
+from fedkit.aggregation.slots import join_clusters, split_clusters
+from fedkit.aggregation.tasks import Tasks
+from fedkit.arrays import NamedArrays
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """What a client that is not known starts from, and which cluster each slot of the others was last in."""
+    """What a server knows of its clients' slots."""
 
-    start: NamedArrays = field(default_factory=dict)
-    assignment: Assignment = field(default_factory=dict)
+    start: NamedArrays = field(default_factory=dict)  # what a client that is not known starts from
+    assignment: Assignment = field(default_factory=dict)  # which cluster each slot of the others was last in
+    inner: Any = None  # of the aggregation inside clusters: one for all of them, by the names of slots
+    seen: Seen | None = None  # what was clustered last; not saved
 
 
 @dataclass(frozen=True, slots=True)
-class ClusterMean:
-    """Clusters the adapters of all clients and replaces each cluster's adapter by the mean of its members."""
+class Clustered:
+    """Finds out which adapters are for one task, and aggregates those."""
 
-    num_clusters: int
-    distinct: bool = True  # no two adapters of a client in one cluster; False, as published: k-means alone
-    weighted: bool = False  # by the client's number of examples; False, as published: every adapter alike
-    seed: int = 0  # of k-means
-
-    def __post_init__(self) -> None:
-        if self.num_clusters < 1:
-            raise ConfigError(f"num_clusters must be at least 1, got {self.num_clusters}.")
-        if find_spec("scipy") is None:
-            raise ConfigError('clustering needs scipy, which is missing. Do: pip install "fedkit[cluster]".')
+    tasks: Tasks
+    inner: Aggregator[Any]
 
     def init(self, params: NamedArrays) -> ClusterState:
-        """Return the state of a server that knows nobody: who comes starts from the mean of the first clusters."""
+        """Return the state of a server that knows nobody; see `recall`."""
+        return self.recall(params, {}, None)
+
+    def remember(self, state: ClusterState) -> dict[str, Any]:
+        """Return the plain values that `recall` needs."""
+        inner = self.inner.remember(state.inner) if isinstance(self.inner, Remembering) else state.inner
+        return {"start": dict(state.start), "assignment": dict(state.assignment), "inner": inner}
+
+    def recall(self, params: NamedArrays, saved: Mapping[str, Any], folder: Path | None) -> ClusterState:
+        """Return the state of a run that keeps files in `folder`; of a new one if `saved` is empty.
+
+        Who comes new starts from the mean of the first clusters.
+        """
         clusters = split_clusters(params)
-        return ClusterState(weighted_mean(((1.0, adapter) for adapter in clusters), like=clusters[0]))
+        if isinstance(self.inner, Remembering):
+            inner = self.inner.recall(clusters[0], saved.get("inner", {}), folder)
+        else:
+            inner = saved.get("inner") if saved else self.inner.init(clusters[0])
+        if saved:
+            return ClusterState(saved["start"], saved["assignment"], inner)
+        start = weighted_mean(((1.0, adapter) for adapter in clusters), like=clusters[0])
+        return ClusterState(start, {}, inner)
 
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: ClusterState
     ) -> Aggregate[ClusterState]:
-        """Return the clusters' new adapters, and who is in which; all adapters are in memory at once."""
-        clients: list[str] = []  # one entry per adapter, in the order of clients and their slots
-        weighted: list[tuple[float, NamedArrays]] = []
-        for upload in uploads:
-            for adapter in _adapters(cohort.sent[upload.node_id], upload):
-                clients.append(upload.client_id)
-                weighted.append((upload.num_examples if self.weighted else 1.0, adapter))
-        if not weighted:
-            return Aggregate(params, state, {})
+        """Return the clusters' new adapters, and who is in which; see `Arrivals` for what is in memory."""
         clusters = split_clusters(params)
-        points, former = _rows(adapter for _, adapter in weighted), _rows(clusters)
-        labels = self.label(clients, points, former)
-        for cluster in set(labels):
-            members = (item for item, label in zip(weighted, labels, strict=True) if label == cluster)
-            clusters[cluster] = weighted_mean(members, like=clusters[cluster])
-        found: dict[str, tuple[int, ...]] = {}
-        for name, label in zip(clients, labels, strict=True):
-            found[name] = (*found.get(name, ()), label)
-        metrics = {"adapters": len(labels), "clusters": len(set(labels))}
-        state = ClusterState(state.start, {**state.assignment, **found})
-        return Aggregate(join_clusters(clusters), state, metrics)
+        arrivals = Arrivals(self.tasks, clusters, lazy=self._lazy(state))
+        for upload in uploads:
+            arrivals.add(upload, cohort.sent[upload.node_id])
+        seen = arrivals.cluster(state.assignment)
+        assignment = {**state.assignment, **seen.assignment()}
+        new, inner, metrics = list(clusters), state.inner, _count(seen)
+        stand_ins: dict[str, str] = {}
+        for k in sorted({label for labels in assignment.values() for label in labels}):
+            own = _cohort_of(k, clusters[k], cohort, assignment)
+            step = self.inner(clusters[k], own, arrivals.uploads(k, own), inner)
+            new[k], inner = step.params, step.state
+            stand_ins |= step.stand_ins
+            for key, value in step.metrics.items():
+                metrics[key] = max(value, metrics.get(key, 0)) if key == LORA_GAP else metrics.get(key, 0) + value
+        state = replace(state, assignment=assignment, inner=inner, seen=seen)
+        return Aggregate(join_clusters(new), state, metrics, _by_client(stand_ins))
 
-    def label(self, clients: Sequence[str], points: Points, former: Points) -> list[int]:
-        """Return the cluster of each adapter.
+    def digests(self, state: ClusterState) -> dict[str, bytes]:
+        """Return, of a lazy sum, the history of each client of which the server has every slot."""
+        known: Mapping[str, bytes] = state.inner.digests if self._lazy(state) else {}
+        found = {}
+        for client, labels in state.assignment.items():
+            histories = {known.get(slot_name(client, slot), b"") for slot in range(len(labels))}
+            if len(histories) == 1 and b"" not in histories:
+                found[client] = histories.pop()
+        return found
 
-        Parameters
-        ----------
-        clients : Sequence[str]
-            Whose adapters they are; a client's are in the order of its slots.
-        points : array
-            Shape (adapters, values).
-        former : array
-            The adapter of each cluster until now, shape (clusters, values).
-        """
-        owners = clients if self.distinct else None
-        return match(kmeans(points, self.num_clusters, seed=self.seed, owners=owners), points, former)
-
-
-def kmeans(points: Points, num_clusters: int, *, seed: int, owners: Sequence[str] | None = None) -> list[int]:
-    """Return the cluster of each row of `points`: the best, by squared distances, of several k-means++ starts.
-
-    There are no more clusters than different rows. Their numbers say nothing.
-
-    Parameters
-    ----------
-    owners : Sequence[str], optional
-        One name per row; rows of the same name never share a cluster, unless there are too few clusters.
-    """
-    names = np.arange(len(points)) if owners is None else np.asarray(owners)
-    groups = [np.flatnonzero(names == name) for name in dict.fromkeys(names.tolist())]
-    count = min(num_clusters, len(np.unique(points, axis=0)))
-    short = np.asarray(np.linalg.qr((points - points.mean(axis=0)).T, mode="r")).T  # the same distances
-    rng = np.random.default_rng(seed)
-    runs = [_lloyd(short, _spread(short, groups, count, rng), groups) for _ in range(_STARTS)]
-    return [int(label) for label in min(runs, key=lambda run: run[0])[1]]
+    def _lazy(self, state: ClusterState) -> LazyState | None:
+        return state.inner if isinstance(self.inner, LazyMean) else None
 
 
-def _spread(points: Points, groups: list[NDArray[np.int64]], count: int, rng: np.random.Generator) -> Points:
-    """Return `count` rows: a random group, then each drawn with the square of its distance to those before it.
-
-    With groups of one row each this is k-means++.
-    """
-    chosen: list[int] = groups[rng.integers(len(groups))][:count].tolist()
-    nearest = _distances(points, points[chosen]).min(axis=1)
-    while len(chosen) < count and nearest.any():
-        chosen.append(int(rng.choice(len(points), p=nearest / nearest.sum())))
-        nearest = _distances(points, points[chosen]).min(axis=1)
-    return points[chosen]
-
-
-def _lloyd(points: Points, centroids: Points, groups: list[NDArray[np.int64]]) -> tuple[float, NDArray[np.int64]]:
-    """Return the sum of squared distances to the centroids, and the labels, when these no longer change."""
-    labels = np.full(len(points), -1)
-    for _ in range(_STEPS):
-        distances, before = _distances(points, centroids), labels.copy()
-        for group in groups:
-            labels[group] = _nearest(distances[group])
-        if (labels == before).all():
-            break
-        centroids = np.stack(
-            [points[labels == k].mean(axis=0) if k in labels else old for k, old in enumerate(centroids)]
-        )
-    return float(np.square(points - centroids[labels]).sum()), labels
+def _cohort_of(k: int, adapter: NamedArrays, cohort: Cohort, assignment: Assignment) -> Cohort:
+    """Return one cluster's cohort: its slots are the clients, and all of them were sent its adapter."""
+    asked = set(cohort.client_ids.values())
+    names = [
+        (client, slot_name(client, slot))
+        for client, labels in assignment.items()
+        for slot, label in enumerate(labels)
+        if label == k
+    ]
+    members = dict(enumerate(name for _, name in names))
+    return Cohort(
+        cohort.server_round,
+        dict.fromkeys(members, adapter),
+        {number: name for number, (client, name) in enumerate(names) if client in asked},
+        everybody=cohort.everybody,
+        members={name: number for number, name in members.items()},
+    )
 
 
-def _nearest(distances: Points) -> NDArray[np.int64]:
-    """Return the nearest column of each row: of several rows different ones, the nearest in all."""
-    from scipy.optimize import linear_sum_assignment
-
-    rows, columns = distances.shape
-    if 1 < rows <= columns:
-        return np.asarray(linear_sum_assignment(distances)[1], np.int64)
-    return np.asarray(distances.argmin(axis=1), np.int64)
+def _count(seen: Seen) -> dict[str, float]:
+    metrics: dict[str, float] = {"adapters": len(seen.labels), "clusters": len(set(seen.labels))}
+    return metrics | ({"set-aside": int(seen.aside.sum())} if seen.aside.any() else {})
 
 
-def _distances(points: Points, centroids: Points) -> Points:
-    """Return the squared distance of every row of `points` to every row of `centroids`."""
-    return np.stack([np.square(points - centroid).sum(axis=1) for centroid in centroids], axis=1)
-
-
-def match(labels: Sequence[int], points: Points, former: Points) -> list[int]:
-    """Return `labels` renumbered so that the clusters' means are nearest, in all, to the rows of `former`.
-
-    Only which rows share a label matters, not which label it is.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    names = list(dict.fromkeys(labels))
-    means = np.stack([points[np.asarray(labels) == name].mean(axis=0) for name in names])
-    rows, columns = linear_sum_assignment(_distances(means, former))
-    numbers = {names[row]: int(column) for row, column in zip(rows, columns, strict=True)}
-    return [numbers[label] for label in labels]
-
-
-def cluster_accuracy(assignment: Assignment, tasks: Assignment) -> float:
-    """Return the share of slots in the cluster of their true task, 0 to 1; for evaluation alone."""
-    numbers = clusters_of_tasks(assignment, tasks)
-    hits = [numbers[task] == cluster for cluster, task in _pairs(assignment, tasks)]
-    return sum(hits) / len(hits)
-
-
-def clusters_of_tasks(assignment: Assignment, tasks: Assignment) -> dict[int, int]:
-    """Return the cluster of each task, one to one, such that most slots agree; for evaluation alone.
-
-    >>> clusters_of_tasks({"a": (2, 0), "b": (2,), "c": (1,)}, {"a": (0, 1), "b": (0,), "c": (2,)})
-    {0: 2, 1: 0, 2: 1}
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    pairs = _pairs(assignment, tasks)
-    size = 1 + max(map(max, pairs), default=-1)
-    agree = np.zeros((size, size), np.int64)
-    for cluster, task in pairs:
-        agree[task, cluster] += 1
-    return dict(enumerate(map(int, linear_sum_assignment(agree, maximize=True)[1])))
-
-
-def _adapters(sent: NamedArrays, upload: Upload) -> list[NamedArrays]:
-    """Return the adapters that a client has after training: what it started from, plus its upload."""
-    if upload.arrays is None:
-        return []
-    num_slots = count_slots(upload.arrays)
-    updates = split_slots(upload.arrays, num_slots)
-    return [add(start, update) for start, update in zip(split_slots(sent, num_slots), updates, strict=True)]
-
-
-def _rows(adapters: Iterable[NamedArrays]) -> Points:
-    return np.stack([flatten(adapter) for adapter in adapters]).astype(np.float64)
-
-
-def _pairs(assignment: Assignment, tasks: Assignment) -> list[tuple[int, int]]:
-    """Return (cluster, task) of every slot that both know."""
-    names = [name for name in assignment if name in tasks]
-    return [pair for name in names for pair in zip(assignment[name], tasks[name], strict=True)]
+def _by_client(stand_ins: Mapping[str, str]) -> dict[str, str]:
+    """Return which clients stood in for the slots of each, separated by commas."""
+    kin: dict[str, dict[str, None]] = {}
+    for name, other in stand_ins.items():
+        kin.setdefault(name.rpartition("#")[0], {})[other.rpartition("#")[0]] = None
+    return {client: ", ".join(others) for client, others in kin.items()}

@@ -38,6 +38,7 @@ from typing import Any
 
 import numpy as np
 
+from fedkit.aggregation.cluster import Clustered
 from fedkit.aggregation.mean import MaskedMean, Mean
 from fedkit.aggregation.memories import Memories
 from fedkit.aggregation.missing import Known, Missing
@@ -71,6 +72,7 @@ class Compensated:
             "clients": {name: known.plain() for name, known in state.clients.items()},
             "similarity": [similarity.clients, similarity.sums, similarity.counts],
             "rounds": state.rounds,
+            "latest": state.latest,
             "digests": dict(state.memory.digests) if state.memory else {},
             "inner": state.inner,
         }
@@ -85,7 +87,8 @@ class Compensated:
             for name, digest in saved["digests"].items():
                 memory.open(name, digest)
         similarity = Similarity(*saved["similarity"])
-        return CompensateState(clients, similarity, saved["rounds"], memory, saved["inner"])
+        rounds = saved["rounds"], saved.get("latest", 0)
+        return CompensateState(clients, similarity, *rounds, memory, saved["inner"])
 
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: CompensateState
@@ -109,6 +112,8 @@ def compensated(inner: Aggregator[Any], missing: Missing) -> Aggregator[Any]:
     """
     if missing.by == "drop":
         return inner
+    if isinstance(inner, Clustered):
+        return replace(inner, inner=compensated(inner.inner, missing))
     # under sparse models an update is that of a model which is no more: measured to be worse than the kin's
     lasting = not isinstance(inner, ProductMean) and not (isinstance(inner, MaskedMean) and inner.sparse_model)
     missing = missing.settled(lasting=lasting)

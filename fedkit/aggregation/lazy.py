@@ -26,7 +26,7 @@ running sum is ``memory="sum"``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
@@ -98,21 +98,25 @@ class LazyState:
         self.weights.pop(client_id, None)
         self.submodels.pop(client_id, None)
 
-    def clients(self, owned: Owned) -> Iterator[tuple[float, NDArray[np.float32], NDArray[np.bool_] | None]]:
+    def clients(
+        self, owned: Owned, members: Collection[str] | None = None
+    ) -> Iterator[tuple[float, NDArray[np.float32], NDArray[np.bool_] | None]]:
         """Yield each client's weight, what it sent, and which entries it holds (None: all); one at a time."""
         for name in self.memory:
+            if members is not None and name not in members:
+                continue
             vector = self.memory.vector(name)
             if vector is None:  # its file was lost since
                 self.weights.pop(name, None)
                 continue
             yield self.weights[name], vector, owned.get(self.submodels.get(name, ""))
 
-    def mean(self, owned: Owned = NO_PARTS) -> NDArray[np.float32]:
+    def mean(self, owned: Owned = NO_PARTS, members: Collection[str] | None = None) -> NDArray[np.float32]:
         """Return the weighted mean, of each entry over the clients that hold it; zero where there is none."""
         total: Total = 0.0
         sums = np.zeros(self.memory.num_values, np.float64)
         scaled = np.empty_like(sums)
-        for weight, vector, own in self.clients(owned):
+        for weight, vector, own in self.clients(owned, members):
             total = plus(total, weight, own)
             scaled[:] = vector
             scaled *= weight
@@ -226,11 +230,11 @@ class LazyMean:
                 check_same_schema(upload.arrays, like=params)
             state.take(upload, upload.num_examples if self.weighted else 1.0)
         size = step_at(self.step_size, cohort.server_round)
-        step = size * (state.mean() if isinstance(state, LazySum) else state.mean(cohort.owned))
+        step = size * (state.mean() if isinstance(state, LazySum) else state.mean(cohort.owned, cohort.members))
         new, metrics = add(params, unflatten(step, like=params)), {}
         if self.gap and isinstance(state, LazyState):
             products, now = Products(params), flatten(params)
-            for weight, vector, own in state.clients(cohort.owned):
+            for weight, vector, own in state.clients(cohort.owned, cohort.members):
                 held = now if own is None else now * own
                 products.add(weight, unflatten(held + size * vector, like=params))
             metrics[LORA_GAP] = products.gap(new)

@@ -40,6 +40,7 @@ class Cohort:
     )  # what part of the arrays each node was sent, by name
     owned: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)  # the entries of each, flat; none: all
     everybody: bool = False  # whether all that could be asked were: who was not is missing, too
+    members: Mapping[str, int] | None = None  # the node of each client that counts; None: all count
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class Upload:
     wire_bytes: int  # of the frame
     digest: bytes  # of the client's memory after this upload, 16 bytes; see `fedkit.memory`
     submodel: str = ""  # the part that the client holds: a key of `Cohort.owned`; its other entries are zero
+    again: Callable[[], tuple[NamedArrays, Mask | None]] | None = None  # decodes arrays and mask once more
 
 
 NOBODY: Final[Mapping[str, str]] = MappingProxyType({})

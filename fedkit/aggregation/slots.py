@@ -7,7 +7,8 @@ prefixes are one adapter, so that an app with one task need not know of slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +16,16 @@ from numpy.typing import NDArray
 from fedkit.arrays import NamedArrays, check_same_schema
 from fedkit.errors import SchemaMismatchError
 
+T = TypeVar("T", np.float32, np.bool_)
+
 
 def join_slots(slots: Sequence[NamedArrays]) -> dict[str, NDArray[np.float32]]:
     """Return one adapter per slot as the arrays of a message, ``slot-0/NAME`` and so on."""
     return _join("slot", slots)
 
 
-def split_slots(arrays: NamedArrays, num_slots: int) -> list[NamedArrays]:
-    """Return the adapters of `num_slots` slots; a slot that is not among the arrays has that of slot 0.
+def split_slots(arrays: Mapping[str, NDArray[T]], num_slots: int) -> list[Mapping[str, NDArray[T]]]:
+    """Return the adapters of `num_slots` slots, or masks; a slot that is not among the arrays has that of slot 0.
 
     Raises
     ------
@@ -73,16 +76,16 @@ def _join(kind: str, adapters: Sequence[NamedArrays]) -> dict[str, NDArray[np.fl
     return {f"{kind}-{k}/{name}": array for k, each in enumerate(adapters) for name, array in each.items()}
 
 
-def _split(kind: str, arrays: NamedArrays) -> list[NamedArrays]:
+def _split(kind: str, arrays: Mapping[str, NDArray[T]]) -> list[Mapping[str, NDArray[T]]]:
     if arrays and not any(name.startswith(f"{kind}-") for name in arrays):
         return [arrays]
-    parts: dict[str, dict[str, NDArray[np.float32]]] = {}
+    parts: dict[str, dict[str, NDArray[T]]] = {}
     for name, array in arrays.items():
         head, _, rest = name.partition("/")
         parts.setdefault(head, {})[rest] = array
     if not parts or list(parts) != [f"{kind}-{k}" for k in range(len(parts))]:
         raise SchemaMismatchError(f"the arrays: expected {kind}-0/NAME and so on, got {list(arrays)[:3]}.")
-    adapters: list[NamedArrays] = list(parts.values())
+    adapters: list[Mapping[str, NDArray[T]]] = list(parts.values())
     for adapter in adapters:
         check_same_schema(adapter, like=adapters[0])
     return adapters

@@ -24,6 +24,7 @@ class CompensateState:
     clients: Mapping[str, Known] = field(default_factory=dict)  # all that were ever heard from
     similarity: Similarity = field(default_factory=Similarity)
     rounds: int = 0  # with at least one upload
+    latest: int = 0  # the last of these
     memory: Memories | None = None  # what each client counts with when it is missing; changed in place
     inner: Any = None  # of the mean
 
@@ -40,6 +41,7 @@ class Turn:
         self.received: dict[str, Known] = {}
         self.stand_ins: dict[str, str] = {}  # who stood in for each client
         self.share = 1.0  # by how much the step is to be multiplied
+        self.rounds = state.rounds - (state.latest == cohort.server_round)  # before this one: it may have clusters
 
     def completed(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
         """Yield the uploads and the stand-ins, with the weights that they shall have."""
@@ -63,7 +65,8 @@ class Turn:
             return replace(self.before, inner=inner)
         clients = {**self.before.clients, **self.received}
         clients |= {name: clients[name].missed() for name in self._expected()}
-        return CompensateState(clients, self.similarity, self.before.rounds + 1, self.memory, inner)
+        rounds = self.rounds + 1, self.cohort.server_round
+        return CompensateState(clients, self.similarity, *rounds, self.memory, inner)
 
     # ---- the choices ---------------------------------------------------------------------------
 
@@ -74,7 +77,7 @@ class Turn:
         for upload in arrived:
             update = upload.arrays or {}
             self._keep(upload.client_id, update if self.missing.own else add(self.params, update))
-        observes = self.before.rounds < self.missing.warmup_rounds
+        observes = self.rounds < self.missing.warmup_rounds
         for name, known in self._absent():
             kin = None if observes else self.similarity.nearest(name, list(by_name))
             own = self._last_update(name, known) if self.missing.own else None
@@ -153,7 +156,9 @@ class Turn:
     def _expected(self) -> list[str]:
         """Return the missing clients, in order; of those that were never heard from nothing is known."""
         wanted = self.before.clients if self.cohort.everybody else self.cohort.client_ids.values()
-        return sorted({name for name in wanted if name in self.before.clients} - self.received.keys())
+        members = self.before.clients if self.cohort.members is None else self.cohort.members
+        known = {name for name in wanted if name in self.before.clients and name in members}
+        return sorted(known - self.received.keys())
 
     def _absent(self) -> list[tuple[str, Known]]:
         """Return the missing clients that may yet come back, and what is known of them."""

@@ -17,6 +17,7 @@ from fedkit.message import read_frame, to_arrays
 from fedkit.report import read_rounds
 from fedkit.rounds import RoundGrid
 from fedkit.row_masks import RowMask
+from fedkit.skipping import SkipRule
 from fedkit.strategies import Aquila, ErrorFeedback, Marina, Plain, Safari, Tac
 from fedkit.submodels import lora_rank
 from tests.helpers.grid import InProcessGrid
@@ -225,7 +226,7 @@ REFUSED = [
     (lambda: Aquila(missing="safari"), "missing: expected 'mifa' with Aquila"),
     (lambda: Aquila(missing="drop"), "silent on purpose"),
     (lambda: Marina(missing="mifa"), "missing: not with Marina"),
-    (lambda: Tac(num_clusters=2, missing="safari"), "missing: not with Tac"),
+    (lambda: Tac(num_clusters=2, missing="safari", skip=SkipRule.aquila(0.1)), "silent on purpose"),
     (lambda: Plain(lora="product", downlink=None, missing="mifa"), "next SVD"),
     (lambda: Plain(lora="product", downlink=None, missing="reweight"), "factor of the change"),
     (lambda: Plain(row_mask=RowMask(1), missing="mifa"), "rows that rest"),

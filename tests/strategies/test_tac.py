@@ -8,7 +8,7 @@ from flwr.app import Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
-from fedkit.aggregation.cluster import cluster_accuracy, clusters_of_tasks
+from fedkit.aggregation.identities import cluster_accuracy, clusters_of_tasks
 from fedkit.aggregation.slots import join_clusters, split_clusters
 from fedkit.clients import TacMod
 from fedkit.clients.tac import join_slots, split_slots

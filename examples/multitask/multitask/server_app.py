@@ -1,14 +1,17 @@
 """The server: start from one fresh adapter, run the rounds, test every task after each, save the adapters."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from fedkit.aggregation.cluster import Assignment, ClusterMean, Points, cluster_accuracy, clusters_of_tasks
+from fedkit.aggregation.identities import Assignment, cluster_accuracy, clusters_of_tasks
+from fedkit.aggregation.kmeans import Points
 from fedkit.aggregation.slots import join_slots, split_clusters, split_slots
+from fedkit.aggregation.tasks import Tasks
 from fedkit.arrays import NamedArrays
 from fedkit.clients.adapters import get_adapter, set_adapter
 from fedkit.config import parse
@@ -21,32 +24,42 @@ app = ServerApp()
 
 
 @dataclass(frozen=True, slots=True)
-class ByTask(ClusterMean):
-    """TAC told the truth: adapters are averaged by the tasks they are for."""
+class Told(Tasks):
+    """The clustering that is told which slot belongs where."""
 
-    tasks: Assignment = field(default_factory=dict)
+    truth: Assignment = field(default_factory=dict)
 
-    def label(self, clients: Sequence[str], points: Points, former: Points) -> list[int]:
-        """Return the true task of each adapter."""
-        return [number for client in dict.fromkeys(clients) for number in self.tasks[client]]
+    def label(self, clients: Sequence[str], points: Points, former: Points, held: Sequence[int] = ()) -> list[int]:
+        """Return the true cluster of each adapter."""
+        return [number for client in dict.fromkeys(clients) for number in self.truth[client]]
 
 
 def build_strategy(config: task.Config) -> Strategy:
     """Return the strategy that the run config names, for all clients, evaluated on the server alone."""
     if config.shared:
         return build(config)
-    everybody = config.num_clients
-    strategy = Tac(
-        num_clusters=len(task.TASKS),
-        distinct=config.clustering == "distinct",
+    everybody, truth = config.num_clients, task.true_tasks(config)
+    alone = own_clusters(truth)
+    make = Tac.published if config.clustering == "k-means" else Tac
+    strategy = make(
+        num_clusters=sum(map(len, truth.values())) if config.clustering == "local" else len(task.names(config)),
+        signature=config.signature,
+        tasks=truth,
         checkpoint=config.folder or "",
         fraction_evaluate=0.0,
         min_train_nodes=everybody,
         min_available_nodes=everybody,
     )
-    if config.clustering == "oracle":
-        strategy.aggregator = ByTask(len(task.TASKS), tasks=task.true_tasks(config))
+    if config.clustering in ("oracle", "local"):
+        told = Told(strategy.num_clusters, screened=False, truth=alone if config.clustering == "local" else truth)
+        strategy.aggregator = replace(strategy.aggregator, tasks=told)
     return strategy
+
+
+def own_clusters(truth: Assignment) -> Assignment:
+    """Return a cluster for every slot, shared with no other: each client trains alone."""
+    numbers = count()
+    return {client: tuple(next(numbers) for _ in tasks) for client, tasks in truth.items()}
 
 
 @app.main()
@@ -54,23 +67,37 @@ def main(grid: Grid, context: Context) -> None:
     """Train an adapter per task with the clients that `grid` reaches."""
     config = parse(task.Config, context.run_config)
     strategy, model, truth = build_strategy(config), task.build_model(config), task.true_tasks(config)
-    initial = get_adapter(model)
-    _, _, images, digits = task.load_split()
+    initial, names = get_adapter(model), task.names(config)
+    tests = {name: task.headed(task.source(config).tests(config, name), name, config) for name in names}
+    local = not config.shared and config.clustering == "local"
 
-    def by_task(arrays: ArrayRecord) -> dict[str, NamedArrays]:
-        """Return the adapter of each task; nobody but the evaluation asks which cluster that is."""
+    def by_task(arrays: ArrayRecord) -> dict[str, list[NamedArrays]]:
+        """Return the adapters of each task; nobody but the evaluation asks which clusters that are."""
         if not isinstance(strategy, Tac):
-            return dict.fromkeys(task.TASKS, *split_slots(to_arrays(arrays), 1))
-        clusters, found = split_clusters(to_arrays(arrays)), clusters_of_tasks(strategy.state.assignment, truth)
-        return {name: clusters[found.get(number, number)] for number, name in enumerate(task.TASKS)}
+            return dict.fromkeys(names, split_slots(to_arrays(arrays), 1))
+        clusters, assignment = split_clusters(to_arrays(arrays)), strategy.state.assignment
+        if local:
+            slots = [
+                slot for client in truth for slot in zip(assignment.get(client, ()), truth[client], strict=False)
+            ]
+            return {
+                name: [clusters[k] for k, j in slots if j == n] or clusters[:1] for n, name in enumerate(names)
+            }
+        found = clusters_of_tasks(assignment, truth)
+        return {name: [clusters[found.get(number, number)]] for number, name in enumerate(names)}
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        metrics = {}
-        for name, adapter in by_task(arrays).items():
-            set_adapter(model, adapter)
-            metrics[f"accuracy-{name}"] = task.accuracy(model, images, task.answers(name, digits, config))
+        metrics: dict[str, float] = {}
+        if not config.tested(server_round):
+            return MetricRecord()
+        for name, adapters in by_task(arrays).items():
+            shares = []
+            for adapter in adapters:
+                set_adapter(model, adapter)
+                shares.append(task.accuracy(model, tests[name], config))
+            metrics[f"accuracy-{name}"] = sum(shares) / len(shares)
         metrics["accuracy"] = sum(metrics.values()) / len(metrics)
-        if isinstance(strategy, Tac) and strategy.state.assignment:
+        if isinstance(strategy, Tac) and strategy.state.assignment and not local:
             metrics["cluster-accuracy"] = cluster_accuracy(strategy.state.assignment, truth)
         return MetricRecord(metrics)
 
@@ -82,6 +109,6 @@ def main(grid: Grid, context: Context) -> None:
         evaluate_fn=rounds.ledger.recording(evaluate, to=config.folder),
     )
     if config.folder:
-        for name, adapter in by_task(result.arrays).items():
-            set_adapter(model, adapter)
+        for name, adapters in by_task(result.arrays).items():
+            set_adapter(model, adapters[0])
             model.save_pretrained(config.folder / "adapters" / name)

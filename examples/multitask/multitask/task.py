@@ -1,15 +1,15 @@
-"""Tasks, model, data, training and evaluation of the multitask example.
+"""Clients, slots, training and evaluation of the multitask example.
 
-Five tasks ask different things of scikit-learn's 1797 handwritten digits. Each task's training images are spread
-unevenly over the clients, so that most hold a few of the tasks. The model is the quickstart's: a frozen vision
-transformer of 0.45 million parameters; an adapter is LoRA of rank 1 and a head. torch is imported inside the
-functions: Flower imports this module for every message, also where nothing is trained.
+What the tasks are is in `multitask.digits` and `multitask.glue`; each task's training examples are spread unevenly
+over the clients, so that most hold a few of the tasks. torch is imported inside the functions: Flower imports this
+module for every message, also where nothing is trained.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,102 +17,92 @@ from numpy.typing import NDArray
 from fedkit.clients.partition import split
 from fedkit.config import RunConfig, check_keys
 from fedkit.errors import ConfigError
+from multitask.examples import Examples, together
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftModel
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-TASKS = {
-    "digit": tuple(range(10)),
-    "parity": (0, 1, 0, 1, 0, 1, 0, 1, 0, 1),
-    "large": (0, 0, 0, 0, 0, 1, 1, 1, 1, 1),
-    "prime": (0, 0, 1, 1, 0, 1, 0, 1, 0, 0),
-    "round": (1, 0, 0, 0, 0, 0, 1, 0, 1, 1),
-}
-"""Name to the answer for each digit. Every head has ten outputs, so that all adapters have one shape."""
-OUTPUTS = 10
-NUM_TEST = 540
 MIN_SHARE = 0.01
-"""Below this share of a task's images a client does not hold the task."""
+"""Below this share of a task's examples a client does not hold the task."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config(RunConfig):
     """The keys of `[tool.flwr.app.config]`, typed; each stands there in kebab-case."""
 
+    data: str  # "digits"; or tasks of GLUE: "glue" on the hub, or the whole path of a folder with one for each
+    examples: int  # of each task of GLUE, at most; to train with, and to test with
+    model: str  # the encoder of these: a folder or a name on the hub; empty: MiniLM
+    adapted_blocks: int  # how many of its blocks, the last ones, carry adapters
+    max_tokens: int  # what a text has beyond is cut off
     learning_rate: float
     local_steps: int  # for each task of a client
     batch_size: int
     r: int  # of one task's adapter
-    lora_alpha: int
+    shared_r: int  # of an adapter for all tasks; 0: as large as all of theirs
+    lora_alpha: int  # for `r`; the ratio of the two is that of a shared adapter, too
     dirichlet_alpha: float  # how unevenly tasks are spread: 100 is evenly
-    clustering: str  # of tac: "distinct"; "k-means": as published; "oracle": told the tasks, for comparison
+    clustering: (
+        str  # of tac: "distinct"; "k-means": as published; for comparison "oracle": told the tasks; "local"
+    )
+    signature: str  # of tac: "factors" or "product"
+    test_rounds: int  # how many rounds, the last ones, are followed by a test; 0: all
     heads: str  # of fedavg's adapter: "one", or one "per-task", as if all agreed on what the tasks are
 
     def __post_init__(self) -> None:
         # Named, for a dataclass with slots is another class than the one `super()` was compiled in.
         RunConfig.__post_init__(self)
         check_keys([self.strategy], ["tac", "fedavg"], what="strategy")
-        check_keys([self.clustering], ["distinct", "k-means", "oracle"], what="clustering")
+        check_keys([self.clustering], ["distinct", "k-means", "oracle", "local"], what="clustering")
         check_keys([self.heads], ["one", "per-task"], what="heads")
+
+    def tested(self, server_round: int) -> bool:
+        """Return whether a round is followed by a test."""
+        return self.test_rounds == 0 or server_round > self.num_rounds - self.test_rounds
 
     @property
     def shared(self) -> bool:
-        """Whether there is one adapter for all tasks; it is then as large as all of theirs."""
+        """Whether there is one adapter for all tasks."""
         return self.strategy == "fedavg"
 
-    @property
-    def num_heads(self) -> int:
-        """How many heads an adapter has."""
-        return len(TASKS) if self.shared and self.heads == "per-task" else 1
+
+def source(config: Config) -> Any:
+    """Return the module that has the tasks."""
+    return import_module("multitask.digits" if config.data == "digits" else "multitask.glue")
+
+
+def names(config: Config) -> tuple[str, ...]:
+    """Return the names of the tasks."""
+    found: tuple[str, ...] = source(config).names(config)
+    return found
 
 
 def build_model(config: Config) -> PeftModel:
-    """Return the frozen pre-trained transformer with a fresh adapter, the same for the same seed."""
+    """Return the frozen pre-trained model with a fresh adapter, the same for the same seed."""
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from fedkit.clients.small_vit import load_small_vit
-
+    of, size, heads = source(config), 1, 1
+    if config.shared:
+        size = config.shared_r // config.r or len(names(config))
+        heads = len(names(config)) if config.heads == "per-task" else 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        size = len(TASKS) if config.shared else 1
         return get_peft_model(
-            load_small_vit(OUTPUTS * config.num_heads),
+            of.build_base(config, of.OUTPUTS * heads),
             LoraConfig(
                 r=config.r * size,
                 lora_alpha=config.lora_alpha * size,
-                target_modules=list(TARGETS),
-                modules_to_save=["classifier"],
+                target_modules=list(of.TARGETS),
+                modules_to_save=[of.HEAD],
             ),
         )
 
 
-def load_split() -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
-    """Return training images in [0, 1] of shape (n, 8, 8), their digits, then the same of the test set.
-
-    The split does not depend on any seed: all runs are tested on the same images.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    train, test = train_test_split(
-        np.arange(len(digits.target)), test_size=NUM_TEST, stratify=digits.target, random_state=0
-    )
-    images, labels = (digits.images / 16).astype(np.float32), digits.target.astype(np.int64)
-    return images[train], labels[train], images[test], labels[test]
-
-
-def answers(name: str, digits: NDArray[np.int64], config: Config) -> NDArray[np.int64]:
-    """Return the labels of a task for images of these digits, as numbers of outputs, head after head."""
-    head = list(TASKS).index(name) % config.num_heads
-    return np.asarray(TASKS[name], np.int64)[digits] + OUTPUTS * head
-
-
-def partition(num_images: int, *, num_clients: int, alpha: float, seed: int) -> list[dict[str, NDArray[np.int64]]]:
-    """Return each client's tasks with the indices of their images, every task spread by Dirichlet(`alpha`).
+def partition(
+    sizes: dict[str, int], *, num_clients: int, alpha: float, seed: int
+) -> list[dict[str, NDArray[np.int64]]]:
+    """Return each client's tasks with the numbers of their examples, every task spread by Dirichlet(`alpha`).
 
     Raises
     ------
@@ -122,10 +112,10 @@ def partition(num_images: int, *, num_clients: int, alpha: float, seed: int) -> 
     rng = np.random.default_rng(seed)
     for _ in range(1000):
         parts: list[dict[str, NDArray[np.int64]]] = [{} for _ in range(num_clients)]
-        for name in TASKS:
+        for name, size in sizes.items():
             shares = rng.dirichlet(np.full(num_clients, alpha))
-            for part, piece in zip(parts, split(rng.permutation(num_images), shares), strict=True):
-                if len(piece) >= MIN_SHARE * num_images:
+            for part, piece in zip(parts, split(rng.permutation(size), shares), strict=True):
+                if len(piece) >= MIN_SHARE * size:
                     part[name] = piece
         if all(parts):
             return parts
@@ -138,33 +128,37 @@ def partition(num_images: int, *, num_clients: int, alpha: float, seed: int) -> 
 class Slot(NamedTuple):
     """What one adapter of a client is trained with."""
 
-    images: NDArray[np.float32]  # shape (n, 8, 8)
-    labels: NDArray[np.int64]
+    examples: Examples
     steps: int  # in each round
 
 
 def load_slots(config: Config, partition_id: int) -> list[Slot]:
     """Return a slot for each task of one client; only one, with all of them, if the adapter is shared."""
-    images, digits, _, _ = load_split()
     part = _partition(config)[partition_id]
     slots = [
-        Slot(images[ids], answers(name, digits[ids], config), config.local_steps) for name, ids in part.items()
+        Slot(headed(source(config).examples(config, name, ids), name, config), config.local_steps)
+        for name, ids in part.items()
     ]
     if config.shared:
-        together = (np.concatenate(column) for column in list(zip(*slots, strict=True))[:2])
-        return [Slot(*together, sum(slot.steps for slot in slots))]
+        return [Slot(together([slot.examples for slot in slots]), sum(slot.steps for slot in slots))]
     return slots
 
 
+def headed(examples: Examples, name: str, config: Config) -> Examples:
+    """Return a task's examples with the labels of its head."""
+    per_task = config.shared and config.heads == "per-task"
+    return examples.shifted(source(config).OUTPUTS * names(config).index(name) * per_task)
+
+
 def true_tasks(config: Config) -> dict[str, tuple[int, ...]]:
-    """Return the task of each slot, as its number in `TASKS`, by client id; only evaluation may know."""
-    numbers = {name: number for number, name in enumerate(TASKS)}
+    """Return the task of each slot, as its number in `names`, by client id; only evaluation may know."""
+    numbers = {name: number for number, name in enumerate(names(config))}
     return {str(i): tuple(numbers[name] for name in part) for i, part in enumerate(_partition(config))}
 
 
 def _partition(config: Config) -> list[dict[str, NDArray[np.int64]]]:
-    num_images = len(load_split()[0])
-    return partition(num_images, num_clients=config.num_clients, alpha=config.dirichlet_alpha, seed=config.seed)
+    sizes = {name: source(config).size(config, name) for name in names(config)}
+    return partition(sizes, num_clients=config.num_clients, alpha=config.dirichlet_alpha, seed=config.seed)
 
 
 def local_seed(config: Config, *numbers: int) -> int:
@@ -172,25 +166,17 @@ def local_seed(config: Config, *numbers: int) -> int:
     return int(np.random.SeedSequence((config.seed, *numbers)).generate_state(1)[0])
 
 
-def to_pixel_values(images: NDArray[np.float32]) -> torch.Tensor:
-    """Return the model's input for images in [0, 1]: one channel, centred to [-1, 1]."""
-    import torch
-
-    return torch.from_numpy(images[:, None] * 2 - 1)
-
-
 def train(model: PeftModel, slot: Slot, config: Config, *, seed: int) -> float:
-    """Train the adapter of `model` in place with SGD; return the mean loss."""
+    """Train the adapter of `model` in place; return the mean loss."""
     import torch
 
-    pixel_values, targets = to_pixel_values(slot.images), torch.from_numpy(slot.labels)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=config.learning_rate, momentum=0.9)
+    optimizer = source(config).optimizer(trainable, config)
     rng, losses = np.random.default_rng(seed), []
     model.train()
     for _ in range(slot.steps):
-        batch = torch.from_numpy(rng.choice(len(targets), config.batch_size))
-        loss = torch.nn.functional.cross_entropy(*_own_head(model, pixel_values[batch], targets[batch]))
+        rows = rng.choice(len(slot.examples), config.batch_size)
+        loss = torch.nn.functional.cross_entropy(*_own_head(model, slot.examples, rows, config))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -198,19 +184,21 @@ def train(model: PeftModel, slot: Slot, config: Config, *, seed: int) -> float:
     return sum(losses) / len(losses)
 
 
-def accuracy(model: PeftModel, images: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """Return the share of images that `model` answers rightly, in [0, 1]."""
+def accuracy(model: PeftModel, examples: Examples, config: Config) -> float:
+    """Return the share of examples that `model` answers rightly, in [0, 1]."""
     import torch
 
     model.eval()
+    right = 0
     with torch.inference_mode():
-        logits, targets = _own_head(model, to_pixel_values(images), torch.from_numpy(labels))
-    return float((logits.argmax(-1) == targets).float().mean())
+        for rows in np.array_split(np.arange(len(examples)), -(-len(examples) // 128)):
+            logits, targets = _own_head(model, examples, rows, config)
+            right += int((logits.argmax(-1) == targets).sum())
+    return right / len(examples)
 
 
-def _own_head(
-    model: PeftModel, pixel_values: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _own_head(model: PeftModel, examples: Examples, rows: NDArray[np.int64], config: Config) -> tuple[Any, Any]:
     """Return the logits of the head that each label belongs to, and the labels within it."""
-    heads = model(pixel_values=pixel_values).logits.unflatten(-1, (-1, OUTPUTS))
-    return heads[range(len(labels)), labels // OUTPUTS], labels % OUTPUTS
+    (inputs, labels), outputs = examples.batch(rows), source(config).OUTPUTS
+    heads = model(**inputs).logits.unflatten(-1, (-1, outputs))
+    return heads[range(len(labels)), labels // outputs], labels % outputs

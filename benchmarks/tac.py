@@ -1,0 +1,137 @@
+"""FL-TAC's table on MiniLM: ``python -m benchmarks.tac [--full]``.
+
+QNLI, QQP, SST-2, RTE and MRPC, from the folders of ``$FEDKIT_DATA_DIR/text``, spread over ten clients by
+Dirichlet 0.5; ``examples/multitask`` trains, in one process, with messages that are really serialised. One adapter
+per task (LoRA of rank 1 on query and value of MiniLM's last block, and a head) found by clustering, or told, or
+each client's own; beside it FedIT's one adapter of rank 16 for all tasks, with one head, and with a head per task.
+Accuracy is the mean of the tasks' on 300 held-out texts each (RTE 277) over the last 3 rounds; *clustering* is the
+share of slots in the cluster of their task in the second half of the rounds. ``parameters`` are those of the
+largest upload, as FL-TAC counts them: of the adapters of all tasks; bytes are of frames, all rounds together.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from flwr.app import Context, RecordDict
+
+from benchmarks.harness import Bench, Row, parser, sources_digest
+from fedkit.flower import task_identity
+
+APP = Path(__file__).parents[1] / "examples" / "multitask"
+SETTINGS: dict[str, Any] = {
+    "examples": 1500,
+    "adapted-blocks": 1,
+    "max-tokens": 48,
+    "learning-rate": 0.01,
+    "local-steps": 4,
+    "batch-size": 16,
+    "shared-r": 16,
+    "test-rounds": 3,
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "TAC, rank 1 per task": {"strategy": "tac"},
+    "FedIT, rank 16": {"strategy": "fedavg"},
+    "oracle: told the tasks": {"strategy": "tac", "clustering": "oracle"},
+    "FedIT, rank 16, a head per task": {"strategy": "fedavg", "heads": "per-task"},
+    "FL-TAC as published": {"strategy": "tac", "clustering": "k-means"},
+    "local only": {"strategy": "tac", "clustering": "local"},
+}
+TASKS = ("qnli", "qqp", "sst2", "rte", "mrpc")
+COLUMNS = {
+    "arm": "arm",
+    **{f"accuracy-{name}": name for name in TASKS},
+    "accuracy": "mean",
+    "clustering": "clustering",
+    "parameters": "parameters",
+    "uplink": "uplink, kB",
+}
+
+
+def measure(arm: Mapping[str, Any], seed: int, rounds: int, clients: int, settings: Mapping[str, Any]) -> Row:
+    """Return what a run of the example comes to."""
+    sys.path.insert(0, str(APP))
+    import torch
+    from multitask import client_app, server_app, task
+
+    from fedkit.clients.adapters import get_adapter
+    from fedkit.config import parse
+    from tests.helpers.grid import InProcessGrid
+
+    torch.set_num_threads(1)
+    defaults = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    data = str(Path(os.environ["FEDKIT_DATA_DIR"]).resolve() / "text")
+    with tempfile.TemporaryDirectory() as folder, task_identity(run_id=1, node_id=1):
+        run = {"seed": seed, "num-rounds": rounds, "num-clients": clients, "data": data, "run-dir": folder}
+        config = defaults | run | dict(settings) | dict(arm)
+        grid = InProcessGrid([client_app.app] * clients)
+        for context in grid.contexts.values():
+            context.run_config = config
+        server = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+        server_app.app(grid, server)
+        rows = [json.loads(line) for line in Path(folder, "rounds.jsonl").read_text().splitlines()]
+    parsed = parse(task.Config, config)
+    values = sum(array.size for array in get_adapter(task.build_model(parsed)).values())
+    return summary(rows) | {"parameters": values * (1 if parsed.shared else len(TASKS))}
+
+
+def summary(rows: Sequence[Row]) -> Row:
+    """Return the accuracies of the last rounds, the clustering of the second half, and the bytes."""
+    tested = [row for row in rows if "accuracy" in row]
+    found: Row = {key: mean(row[key] for row in tested) for key in tested[-1] if key.startswith("accuracy")}
+    late = [row["cluster-accuracy"] for row in rows[len(rows) // 2 :] if "cluster-accuracy" in row]
+    found |= {"clustering": mean(late), "clustering-least": min(late)} if late else {}
+    return found | {"uplink": sum(row["uplink-frame-bytes"] for row in rows) / 1e3}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--rounds", type=int, help="instead of 10, or 3 without --full")
+    arguments.add_argument("--examples", type=int, help="of each task to train with, instead of 1500, or 100")
+    arguments.add_argument("--seeds", type=int, nargs="+", help="instead of 0 1 2, or 0 without --full")
+    arguments.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="instead of all")
+    options = arguments.parse_args(argv)
+    if "FEDKIT_DATA_DIR" not in os.environ:
+        sys.exit(f"Set FEDKIT_DATA_DIR to a folder that has text/TASK/train.jsonl.gz and dev.jsonl.gz of {TASKS}.")
+    logging.getLogger("fedkit").setLevel(logging.WARNING)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    bench = Bench("tac", options)
+    settings = SETTINGS if bench.full else SETTINGS | {"examples": 100, "local-steps": 1}
+    settings |= {"examples": options.examples or settings["examples"]}
+    seeds = options.seeds or ([0, 1, 2] if bench.full else [0])
+    rounds, clients = options.rounds or (10 if bench.full else 3), 10 if bench.full else 4
+    code = sources_digest("fedkit/aggregation", "examples/multitask")
+    lines: dict[str, list[Row]] = {name: [] for name in options.arms}
+    for seed in seeds:
+        for name in options.arms:
+            work = partial(measure, ARMS[name], seed, rounds, clients, settings)
+            params = {"seed": seed, "rounds": rounds, "clients": clients, **settings, "code": code}
+            lines[name].append(bench.arm(name, work, **params))
+    bench.table(
+        f"five tasks of GLUE, {clients} clients, {rounds} rounds, {len(seeds)} seeds",
+        COLUMNS,
+        [average(name, rows) for name, rows in lines.items()],
+    )
+    bench.finish()
+
+
+def average(name: str, rows: Sequence[Row]) -> Row:
+    """Return the means over the seeds."""
+    return {"arm": name} | {
+        key: mean(row[key] for row in rows) for key in COLUMNS if key != "arm" and key in rows[0]
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Examples of one task: what the model is given, and what it should answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Arrays of the model's input by name, an example per row, and labels, head after head."""
+
+    inputs: dict[str, NDArray[Any]]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def shifted(self, by: int) -> Examples:
+        """Return these with larger labels."""
+        return Examples(self.inputs, self.labels + by)
+
+    def batch(self, rows: NDArray[np.int64] | slice) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return some rows as the model takes them."""
+        import torch
+
+        inputs = {name: torch.from_numpy(array[rows]) for name, array in self.inputs.items()}
+        return inputs, torch.from_numpy(self.labels[rows])
+
+
+def together(parts: Sequence[Examples]) -> Examples:
+    """Return the examples of several tasks as those of one."""
+    inputs = {name: np.concatenate([part.inputs[name] for part in parts]) for name in parts[0].inputs}
+    return Examples(inputs, np.concatenate([part.labels for part in parts]))

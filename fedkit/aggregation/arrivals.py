@@ -1,0 +1,163 @@
+"""The adapters of one round between two passes: first which cluster each is in, then those of each cluster.
+
+The first pass keeps a short row of each adapter. Its arrays are kept while all that are kept take `KEPT` bytes;
+beyond, an upload is decoded once more when its cluster is aggregated. So memory does not grow with the adapters'
+size, only with their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkit.aggregation.identities import Assignment
+from fedkit.aggregation.kmeans import Points, distances
+from fedkit.aggregation.lazy import LazyState
+from fedkit.aggregation.protocol import Cohort, Upload
+from fedkit.aggregation.signatures import Signatures
+from fedkit.aggregation.slots import count_slots, split_slots
+from fedkit.aggregation.tasks import Tasks, overlong
+from fedkit.arrays import Mask, NamedArrays, add, num_values, squared_norm
+
+KEPT: Final = 2**27
+"""Bytes of arrays that are kept from the first pass to the second."""
+
+
+def slot_name(client: str, slot: int) -> str:
+    """Return the name of a slot, as aggregations inside clusters know it."""
+    return f"{client}#{slot}"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The adapters of one round, and where they belong."""
+
+    clients: Sequence[str]  # an entry for each adapter, here and below
+    slots: Sequence[int]
+    points: Points  # one row each: `fedkit.aggregation.signatures`
+    labels: Sequence[int]  # the cluster of each
+    aside: NDArray[np.bool_]  # whether it counts for nothing
+
+    def assignment(self) -> dict[str, tuple[int, ...]]:
+        """Return the clusters of each client's slots."""
+        found: dict[str, tuple[int, ...]] = {}
+        for client, label in zip(self.clients, self.labels, strict=True):
+            found[client] = (*found.get(client, ()), label)
+        return found
+
+
+class Slot(NamedTuple):
+    """One adapter that arrived."""
+
+    number: int  # of its upload
+    slot: int
+    start: NamedArrays  # what it was trained from
+
+
+class Arrivals:
+    """Takes in the uploads of a round, finds their clusters, and gives them out by cluster.
+
+    Parameters
+    ----------
+    tasks : Tasks
+        Says which adapters are for one task.
+    clusters : Sequence[NamedArrays]
+        The present adapters of all clusters.
+    lazy : LazyState, optional
+        What the server has from each slot, if uploads add to that; None: they are all there is.
+    """
+
+    def __init__(self, tasks: Tasks, clusters: Sequence[NamedArrays], lazy: LazyState | None) -> None:
+        self.tasks, self.clusters, self.lazy = tasks, clusters, lazy
+        self._signatures = Signatures(tasks.signature)
+        for adapter in clusters:
+            self._signatures.add(adapter)
+        self._uploads: list[Upload] = []
+        self._silent: dict[str, Upload] = {}
+        self._slots: list[Slot] = []
+        self._lengths: list[float] = []
+        self._kept = 0
+        self._seen: Seen | None = None
+
+    def add(self, upload: Upload, sent: NamedArrays) -> None:
+        """Take in one upload, given what its client was sent."""
+        if upload.arrays is None:
+            self._silent[upload.client_id] = upload
+            return
+        num_slots = count_slots(upload.arrays)
+        updates, starts = split_slots(upload.arrays, num_slots), split_slots(sent, num_slots)
+        for slot, (start, update) in enumerate(zip(starts, updates, strict=True)):
+            whole = self._whole(upload, slot, update)
+            self._signatures.add(add(start, whole))
+            self._lengths.append(math.sqrt(squared_norm(whole)))
+            self._slots.append(Slot(len(self._uploads), slot, start))
+        self._kept += 4 * num_values(upload.arrays)
+        if self._kept > KEPT and upload.again is not None:
+            upload = replace(upload, arrays=None, mask=None)
+        self._uploads.append(upload)
+
+    def cluster(self, before: Assignment) -> Seen:
+        """Return where all belong, given where slots belonged before."""
+        rows = self._signatures.rows()
+        former, points = rows[: len(self.clusters)], rows[len(self.clusters) :]
+        clients = [self._uploads[one.number].client_id for one in self._slots]
+        aside = overlong(self._lengths) if self.tasks.screened else np.zeros(len(clients), np.bool_)
+        held = sorted({label for labels in before.values() for label in labels})
+        labels = np.zeros(len(clients), np.int64)
+        if len(clients):
+            counted = [client for client, odd in zip(clients, aside, strict=True) if not odd]
+            labels[~aside] = self.tasks.label(counted, points[~aside], former, held)
+        for number in np.flatnonzero(aside):
+            known = before.get(clients[number], ())
+            slot = self._slots[number].slot
+            nearest = int(distances(points[number : number + 1], former).argmin())
+            labels[number] = known[slot] if slot < len(known) else nearest
+        slots = [one.slot for one in self._slots]
+        self._seen = Seen(clients, slots, points, [int(label) for label in labels], aside)
+        return self._seen
+
+    def uploads(self, k: int, cohort: Cohort) -> Iterator[Upload]:
+        """Yield those of one cluster, each slot as an upload of its own to the cluster's adapter."""
+        seen, numbers = self._seen, cohort.members or {}
+        if seen is None:
+            return
+        for one, label, odd in zip(self._slots, seen.labels, seen.aside, strict=True):
+            if label == k and not odd:
+                upload = self._uploads[one.number]
+                name = slot_name(upload.client_id, one.slot)
+                arrays, mask = self._open(one.number)[one.slot]
+                if self.lazy is None:
+                    arrays = _moved(arrays, mask, one.start, self.clusters[k])
+                yield replace(upload, client_id=name, node_id=numbers[name], arrays=arrays, mask=mask)
+        for name, number in numbers.items() if self._silent else ():
+            silent = self._silent.get(name.rpartition("#")[0])
+            if silent is not None:
+                yield replace(silent, client_id=name, node_id=number)
+
+    def _open(self, number: int) -> list[tuple[NamedArrays, Mask | None]]:
+        """Return what an upload says of each of its slots."""
+        upload = self._uploads[number]
+        arrays, mask = upload.arrays, upload.mask
+        if arrays is None and upload.again is not None:
+            arrays, mask = upload.again()
+        num_slots = count_slots(arrays or {})
+        masks: list[Mask | None] = [None] * num_slots if mask is None else [*split_slots(mask, num_slots)]
+        return list(zip(split_slots(arrays or {}, num_slots), masks, strict=True))
+
+    def _whole(self, upload: Upload, slot: int, update: NamedArrays) -> NamedArrays:
+        """Return how a slot differs from its start: its upload, and what the server had from it."""
+        if self.lazy is None or upload.fresh:
+            return update
+        held = self.lazy.memory.get(slot_name(upload.client_id, slot))
+        return update if held is None else add(held, update)
+
+
+def _moved(update: NamedArrays, mask: Mask | None, start: NamedArrays, to: NamedArrays) -> NamedArrays:
+    """Return an update of `start` as one of another adapter, where it was sent: both have one result."""
+    moved = {name: (start[name] - to[name]) + array for name, array in update.items()}
+    return moved if mask is None else {name: np.where(mask[name], array, 0) for name, array in moved.items()}

@@ -1,0 +1,44 @@
+"""The benchmarks of clustering, in their smallest form."""
+
+import pytest
+
+from benchmarks import clusters, tac
+
+
+@pytest.mark.parametrize("way", ["vectors", "round"])
+def test_an_arm_finds_the_tasks(way):
+    row = clusters.work(way, 24)
+    assert row["ari"] == 1.0
+    assert row["cpu"] > 0
+
+
+def test_memory_is_read_from_outside():
+    import os
+
+    assert clusters.resident(os.getpid()) > 10e6
+    assert clusters.resident(2**22 + 1) == 0, "no such process"
+
+
+def test_a_run_comes_to_the_means_of_its_last_rounds_and_the_clustering_of_its_second_half():
+    rows = [
+        {"round": 0, "uplink-frame-bytes": 0},
+        {"round": 1, "cluster-accuracy": 0.2, "uplink-frame-bytes": 1000},
+        {"round": 2, "cluster-accuracy": 0.8, "accuracy": 0.5, "accuracy-rte": 0.4, "uplink-frame-bytes": 1000},
+        {"round": 3, "cluster-accuracy": 1.0, "accuracy": 0.7, "accuracy-rte": 0.6, "uplink-frame-bytes": 1000},
+    ]
+    found = tac.summary(rows)
+    assert found == {
+        "accuracy": pytest.approx(0.6),
+        "accuracy-rte": pytest.approx(0.5),
+        "clustering": pytest.approx(0.9),
+        "clustering-least": 0.8,
+        "uplink": 3.0,
+    }
+    assert "clustering" not in tac.summary([{"accuracy": 0.5, "uplink-frame-bytes": 0}])
+
+
+def test_seeds_are_averaged():
+    assert tac.average("TAC", [{"accuracy": 0.5, "rest": 1}, {"accuracy": 0.7, "rest": 2}]) == {
+        "arm": "TAC",
+        "accuracy": pytest.approx(0.6),
+    }
