@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 EvaluateFn: TypeAlias = Callable[[int, ArrayRecord], MetricRecord | None]
 ROUNDS: Final = "rounds.jsonl"  # a line of JSON per round
 JOURNAL: Final = "ledger.jsonl"  # and per message
+CLUSTERS: Final = "clusters.jsonl"  # and per round of TAC: which adapter is in which cluster
 ANNOUNCED: Final = "fedkit round: "  # before a line of the first, in the log
 TRAIN: Final = "train"  # a key of a round: what its clients measured when they trained
 MISSING_CLIENTS, STAND_INS = "missing-clients", "stand-ins"  # keys of a round: a list, and names by name

@@ -35,7 +35,7 @@ from .options import FedAvgOptions
 from .parts import PRODUCTS, WHOLE, Parts
 from .privacy import refuse_secure_aggregation
 from .progress import Progress
-from .replies import Registry
+from .registry import Registry
 from .sampling import choose, wait_for_nodes
 
 logger = logging.getLogger(__name__)

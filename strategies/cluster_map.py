@@ -19,8 +19,7 @@ from fedkit.aggregation.identities import Assignment, adjusted_rand_index, purit
 from fedkit.aggregation.kmeans import Points
 from fedkit.aggregation.signatures import sketch
 from fedkit.files import put_line
-
-CLUSTERS: Final = "clusters.jsonl"
+from fedkit.ledger import CLUSTERS
 
 _LARGE: Final = 512  # of more rows, of more values than that, components would take seconds
 _RIM: Final = 1.5  # how far out an adapter is shown at most that was set aside, if 1 is the farthest other

@@ -41,6 +41,7 @@ _RATIOS: Final = (0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.3, 1.8, 2.5)  # threshold / 
 _SAMPLE: Final = 2**15  # values looked at to choose thresholds
 _AS_GOOD: Final = 1.03  # times the error, at which signs are preferred: they are much faster to decode
 _ONE_TABLE: Final = 127  # levels of one sign whose table needs no low bits apart
+_HALVINGS: Final = 10  # of the steps, at most four times as large as each other, among which one is sought
 _EXACT: Final = 255  # levels whose squares float32 sums well enough
 
 
@@ -189,14 +190,14 @@ class _Sample(NamedTuple):
 
     def solve(self, ratio: float, rate: float) -> float:
         """Return the step at which thresholds from ``ratio · step`` on take `rate` bits per value."""
-        high = 2.01 * float(self.sizes[-1])  # half of it is above every value
+        high = most = 2.01 * float(self.sizes[-1])  # half of it is above every value
         low = high / 4
         wanted = min(rate, self.finest - 1e-9)
-        while self.try_out(ratio * low, low).rate < wanted and low > high * 2.0**-15:
-            low /= 2
+        while self.try_out(ratio * low, low).rate < wanted and low > most * 2.0**-15:
+            low, high = low / 2, low
         if rate > wanted:
             return low  # the values have few sizes, which smaller steps would not tell apart any better
-        for _ in range(14):
+        for _ in range(_HALVINGS):
             middle = math.sqrt(low * high)
             if self.try_out(ratio * middle, middle).rate > rate:
                 low = middle

@@ -7,7 +7,8 @@ the frames that bring names and shapes along.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -36,8 +37,8 @@ from fedkit.errors import SchemaMismatchError, WireFormatError
 
 _HEADS: Final = 24  # bytes of a group of `EntropyConstrained`, and of a small table
 _TRIES: Final = 6  # to meet a rate
-_CLOSE: Final = 0.01  # to a rate, relative, or
-_NEAR: Final = 4  # bytes, a word of a coded stream
+_CLOSE: Final = 0.01  # to a rate, relative
+_WORD: Final = 4  # bytes of a coded stream: sizes less far apart have none between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,12 +222,18 @@ def _meet(
     best = last = _try(quantizer, parts, rate)
     known = {0.0: 0.0}  # sizes, by rate
     for _ in range(_TRIES - 1):
-        if abs(best.size - room) <= max(close * room, _NEAR):
-            break
         known[last.rate] = last.size
+        if abs(best.size - room) <= close * room or _neighbours(known.values(), room):
+            break
         last = _try(quantizer, parts, _between(known, room))
         best = min(best, last, key=lambda attempt: abs(attempt.size - room))
     return best
+
+
+def _neighbours(sizes: Collection[float], room: float) -> bool:
+    """Return whether no size lies between those next to `room`."""
+    below = max(size for size in sizes if size <= room)
+    return min((size for size in sizes if size > room), default=math.inf) - below <= _WORD
 
 
 def _between(known: Mapping[float, float], room: float) -> float:

@@ -11,12 +11,11 @@ from typing import Any, Final
 
 from fedkit import plan, record
 from fedkit.errors import ConfigError
-from fedkit.ledger import JOURNAL, MISSING_CLIENTS, ROUNDS, STAND_INS
+from fedkit.ledger import CLUSTERS, JOURNAL, MISSING_CLIENTS, ROUNDS, STAND_INS
 from fedkit.plan import Arm, Plan
 
 from .figures import Row, read_rounds
 
-CLUSTERS: Final = "clusters.jsonl"  # in an arm's folder, a line per round: which adapter is in which cluster
 ENTRY: Final = ("server-round", "client", "node-id", "direction", "kind", "object-bytes", "objects")  # of a ledger
 FORECAST: Final = "forecast.json"  # in an arm's folder: its rounds, as they were predicted
 UNFINISHED: Final = {
