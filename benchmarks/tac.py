@@ -8,8 +8,9 @@ Accuracy is the mean of the tasks' on 300 held-out texts each (RTE 277) over the
 share of slots in the cluster of their task in the second half of the rounds. ``parameters`` are those of the
 largest upload, as FL-TAC counts them: of the adapters of all tasks; bytes are of frames, all rounds together.
 
-Few local steps leave nothing to cluster: with ``--steps 4`` the updates of one task are no more alike in the first
-round than those of two (mean cosine −0.00 against −0.03), and slots that began in a wrong cluster stay there.
+Few local steps on few examples leave little to cluster: with ``--steps 4 --examples 300`` the updates of one task
+are no more alike in the first round than those of two (mean cosine −0.00 against −0.03; 41 % of the slots are in
+their task's cluster, with 20 steps 63 %), and slots that began in a wrong cluster stay there.
 """
 
 from __future__ import annotations
