@@ -7,6 +7,10 @@ each client's own; beside it FedIT's one adapter of rank 16 for all tasks, with 
 Accuracy is the mean of the tasks' on 300 held-out texts each (RTE 277) over the last 3 rounds; *clustering* is the
 share of slots in the cluster of their task in the second half of the rounds. ``parameters`` are those of the
 largest upload, as FL-TAC counts them: of the adapters of all tasks; bytes are of frames, all rounds together.
+
+Few local steps on few examples leave little to cluster: with ``--steps 4 --examples 300`` the updates of one task
+are no more alike in the first round than those of two (mean cosine −0.00 against −0.03; 41 % of the slots are in
+their task's cluster, with 20 steps 63 %), and slots that began in a wrong cluster stay there.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "adapted-blocks": 1,
     "max-tokens": 48,
     "learning-rate": 0.01,
-    "local-steps": 4,
+    "local-steps": 16,
     "batch-size": 16,
     "shared-r": 16,
     "test-rounds": 3,
@@ -99,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, help="instead of 10, or 3 without --full")
     arguments.add_argument("--examples", type=int, help="of each task to train with, instead of 1500, or 100")
+    arguments.add_argument("--steps", type=int, help="of a client for each task in a round, instead of 16, or 1")
     arguments.add_argument("--seeds", type=int, nargs="+", help="instead of 0 1 2, or 0 without --full")
     arguments.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="instead of all")
     options = arguments.parse_args(argv)
@@ -108,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     bench = Bench("tac", options)
     settings = SETTINGS if bench.full else SETTINGS | {"examples": 100, "local-steps": 1}
-    settings |= {"examples": options.examples or settings["examples"]}
+    asked = {"examples": options.examples, "local-steps": options.steps}
+    settings |= {key: value for key, value in asked.items() if value}
     seeds = options.seeds or ([0, 1, 2] if bench.full else [0])
     rounds, clients = options.rounds or (10 if bench.full else 3), 10 if bench.full else 4
     code = sources_digest("fedkit/aggregation", "examples/multitask")

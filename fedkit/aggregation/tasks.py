@@ -19,6 +19,11 @@ An adapter is odd
     counts for nothing; its slot gets the adapter of the nearest cluster back. A round of up to half such adapters
     goes on without them. A copy of another adapter is in that one's cluster, also if it is a client's second one.
 
+What it cannot mend
+-------------------
+A slot starts from its cluster's adapter, and so stays near it: what is wrong after the first rounds tends to last.
+Where local training is so short that updates of one task are hardly alike, let the first round be longer.
+
 How many clusters there are
 ---------------------------
 "given": as many as `num_clusters`, while there are as many different adapters. "at-most": the number, from the
