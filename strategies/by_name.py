@@ -34,11 +34,13 @@ STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
 }
 
 
-def build(config: RunConfig, *, clients_evaluate: bool = False) -> Strategy:
+def build(
+    config: RunConfig, *, clients_evaluate: bool = False, make: Callable[..., Strategy] | None = None
+) -> Strategy:
     """Return the strategy that a run config names, for all its clients, evaluated by them or on the server alone.
 
     With a `run_dir` it saves itself there after each round, and `start` takes up what it finds; not so Flower's
-    FedAvg, which cannot be resumed and starts again.
+    FedAvg, which cannot be resumed and starts again. `make` constructs it where a name does not say enough.
 
     Raises
     ------
@@ -46,7 +48,7 @@ def build(config: RunConfig, *, clients_evaluate: bool = False) -> Strategy:
         For an unknown name, or an unknown option, with the nearest known one; for options that do not go together.
     """
     check_keys([config.strategy], STRATEGIES, what="strategy")
-    make, everybody = STRATEGIES[config.strategy], config.num_clients
+    make, everybody = make or STRATEGIES[config.strategy], config.num_clients
     options: dict[str, Any] = {"min_train_nodes": everybody, "min_available_nodes": everybody}
     options["fraction_evaluate"] = float(clients_evaluate)
     if clients_evaluate:

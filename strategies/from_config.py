@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hi
 from flwr.serverapp.strategy import FedAvg
 
 from fedkit.codec.entropy_constrained import EntropyConstrained
+from fedkit.codec.quantize import ZeroMidTread
 from fedkit.codec.sparsify import TopK
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar, as_type, check_keys, parse_overrides
@@ -24,6 +25,7 @@ from .options import FedAvgOptions
 
 CODED: Final[Mapping[str, tuple[str, type, Callable[[Any], Any]]]] = {
     "rate": ("quantizer", float, EntropyConstrained),  # bits per parameter, up
+    "min-bits": ("quantizer", int, ZeroMidTread),  # AQUILA's level, from so many bits up
     "downlink-rate": ("downlink", float, lambda rate: Codec(EntropyConstrained(rate)) if rate else None),
     "top-k": ("sparsifier", float, TopK),  # share of the entries
     "active-rank": ("row_mask", int, lambda rank: RowMask(active_rank=rank)),
@@ -49,6 +51,8 @@ def read_options(text: str, make: Callable[..., Any], of: type[FedAvg]) -> dict[
     for key, value in given.items():
         if key in coded:
             name, kind, build = coded[key]
+            if name in options:
+                raise ConfigError(f"strategy-options: {key}: expected one option for the {name}, got two. Choose.")
             options[name] = build(as_type(key, value, kind))
         else:
             options[known[key]] = _checked(key, value, types[known[key]])

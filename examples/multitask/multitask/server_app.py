@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 
 from flwr.app import ArrayRecord, Context, MetricRecord
@@ -38,18 +39,15 @@ def build_strategy(config: task.Config) -> Strategy:
     """Return the strategy that the run config names, for all clients, evaluated on the server alone."""
     if config.shared:
         return build(config)
-    everybody, truth = config.num_clients, task.true_tasks(config)
+    truth = task.true_tasks(config)
     alone = own_clusters(truth)
-    make = Tac.published if config.clustering == "k-means" else Tac
-    strategy = make(
+    make = partial(
+        Tac.published if config.clustering == "k-means" else Tac,
         num_clusters=sum(map(len, truth.values())) if config.clustering == "local" else len(task.names(config)),
         signature=config.signature,
         tasks=truth,
-        checkpoint=config.folder or "",
-        fraction_evaluate=0.0,
-        min_train_nodes=everybody,
-        min_available_nodes=everybody,
     )
+    strategy = build(config, make=make)
     if config.clustering in ("oracle", "local"):
         told = Told(strategy.num_clusters, screened=False, truth=alone if config.clustering == "local" else truth)
         strategy.aggregator = replace(strategy.aggregator, tasks=told)

@@ -39,6 +39,8 @@ class Config(RunConfig):
     local_steps: int  # for each task of a client
     batch_size: int
     r: int  # of one task's adapter
+    active_rank: int  # of RM-LoRA; `r`, with an `orth_reg_weight` of 0: plain LoRA
+    orth_reg_weight: float
     shared_r: int  # of an adapter for all tasks; 0: as large as all of theirs
     lora_alpha: int  # for `r`; the ratio of the two is that of a shared adapter, too
     dirichlet_alpha: float  # how unevenly tasks are spread: 100 is evenly
@@ -170,16 +172,32 @@ def train(model: PeftModel, slot: Slot, config: Config, *, seed: int) -> float:
     """Train the adapter of `model` in place; return the mean loss."""
     import torch
 
+    from fedkit.clients.rm_lora import RMLoraConfig
+
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = source(config).optimizer(trainable, config)
-    rng, losses = np.random.default_rng(seed), []
+    rng, generator, losses = np.random.default_rng(seed), torch.Generator().manual_seed(seed), []
+    rm_lora = RMLoraConfig(
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        active_rank=config.active_rank,
+        orth_reg_weight=config.orth_reg_weight,
+        target_modules=tuple(source(config).TARGETS),
+    )
+    masked, penalty = rm_lora.masked_step(model), rm_lora.regularizer(model)
     model.train()
     for _ in range(slot.steps):
         rows = rng.choice(len(slot.examples), config.batch_size)
         loss = torch.nn.functional.cross_entropy(*_own_head(model, slot.examples, rows, config))
         optimizer.zero_grad()
         loss.backward()
+        if penalty:
+            penalty.add_gradient(config.orth_reg_weight)
+        if masked:
+            masked.before(generator, optimizer)
         optimizer.step()
+        if masked:
+            masked.after(optimizer)
         losses.append(loss.item())
     return sum(losses) / len(losses)
 
