@@ -225,10 +225,12 @@ class LazyMean:
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: LazyState | LazySum
     ) -> Aggregate[LazyState | LazySum]:
         """Return params + α · mean of what all clients sent. The state is changed in place."""
+        missing = set(cohort.client_ids.values())
         for upload in uploads:
             if upload.arrays is not None:
                 check_same_schema(upload.arrays, like=params)
             state.take(upload, upload.num_examples if self.weighted else 1.0)
+            missing.discard(upload.client_id)
         size = step_at(self.step_size, cohort.server_round)
         step = size * (state.mean() if isinstance(state, LazySum) else state.mean(cohort.owned, cohort.members))
         new, metrics = add(params, unflatten(step, like=params)), {}
@@ -238,4 +240,5 @@ class LazyMean:
                 held = now if own is None else now * own
                 products.add(weight, unflatten(held + size * vector, like=params))
             metrics[LORA_GAP] = products.gap(new)
-        return Aggregate(new, state.carried(), metrics)
+        stand_ins = {name: name for name in sorted(missing) if name in state.weights}
+        return Aggregate(new, state.carried(), metrics, stand_ins)
