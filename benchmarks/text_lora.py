@@ -112,14 +112,14 @@ def compare(name: str, rows: Sequence[Row], baselines: Sequence[Row]) -> Row:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     arguments = parser(__doc__)
-    arguments.add_argument("--rounds", type=int, help="instead of 16, or 3 without --full")
+    arguments.add_argument("--rounds", type=int, help="instead of 16, or 1 without --full")
     arguments.add_argument("--seeds", type=int, nargs="+", help="instead of 0 1 2, or 0 without --full")
     options = arguments.parse_args(argv)
     if "FEDKIT_DATA_DIR" not in os.environ:
         sys.exit("Set FEDKIT_DATA_DIR to a folder that has text/sst2/train.jsonl.gz and dev.jsonl.gz.")
     bench = Bench("text_lora", options)
     rounds, seeds = (
-        options.rounds or (16 if bench.full else 3),
+        options.rounds or (16 if bench.full else 1),
         options.seeds or ([0, 1, 2] if bench.full else [0]),
     )
     code = sources_digest("fedkit", "strategies", "clients", "examples/text_lora")

@@ -29,12 +29,12 @@ def check(found: crashes.Trial) -> None:
     assert any(text in found.said for text in SAYS[found.victim]), found.said[-3000:]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 3])
 def test_a_run_that_loses_a_process_ends_with_a_model(tmp_path: Path, seed: int) -> None:
     check(crashes.trial(tmp_path / "trial", seed))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", [0, *range(4, 20)])
+@pytest.mark.parametrize("seed", [0, 2, *range(4, 20)])
 def test_twenty_runs_that_lose_a_process_end_with_a_model(tmp_path: Path, seed: int) -> None:
     check(crashes.trial(tmp_path / "trial", seed))
