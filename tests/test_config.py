@@ -72,7 +72,7 @@ def test_the_run_config_sets_options_of_the_strategy():
     assert (ef.codec.quantizer.rate, ef.codec.sparsifier.density, ef.downlink.codec) == (0.25, 0.1, None)
     assert (ef.missing.by, ef.fraction_train) == ("mifa", 0.5)
     assert built("safari", "density=0.05 rewire=1").density == 0.05
-    assert built("tac", "num-clusters=3").num_clusters == 3
+    assert built("tac", "num-clusters=3 density=0.5 min-bits=4").codec.quantizer.min_bits == 4
     assert built("safari-drop", "lora='ffa' active-rank=2").parts.rows.mask.active_rank == 2
     assert built("qsgd", "bits=8").codec.quantizer.bits == 8
     assert built("fedavg", "fraction-evaluate=0.5").fraction_evaluate == 0.5
@@ -91,7 +91,8 @@ def test_the_run_config_sets_options_of_the_strategy():
         ("error-feedback", "missing='invent'", "missing: expected 'drop'"),
         ("error-feedback", "lora='product'", "lora|product: not with ErrorFeedback"),
         ("aquila", "active-rank=2", "row_mask: not with Aquila"),
-        ("tac", "missing='mifa'", "missing: not with Tac"),
+        ("tac", "density=0.5 lora='product'", "density: not with lora='product'"),
+        ("tac", "rate=1.0 min-bits=2", "min-bits: expected one option for the quantizer, got two"),
         ("tac", "downlink-rate=1.0", "downlink: Tac sends each node other arrays"),
         ("error-feedback", "lora='fedsa'", "downlink: with lora='fedsa'"),
         ("error-feedback", "rate", "strategy-options: expected key=value"),
