@@ -1,0 +1,140 @@
+"""What the server knows of its nodes: which client each is, and what of its uploads was accepted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from flwr.app import Message, RecordDict
+
+from fedkit.errors import ReplyError
+from fedkit.memory import GENESIS, chain
+from fedkit.message import Report, read_report, restore_metrics
+
+from .contents import content_of, weight_of
+
+logger = logging.getLogger(__name__)
+
+
+class Registry:
+    """Which node is which client, and the digest of what was accepted from each.
+
+    Parameters
+    ----------
+    name_of : callable
+        Returns the name of the part of the model that a node holds, by its report.
+    """
+
+    def __init__(self, name_of: Callable[[Report], str]) -> None:
+        self._name_of = name_of
+        self.accepted: dict[str, bytes] = {}  # by client id
+        self.told: dict[int, bytes] = {}  # what was accepted from its client, as a node was told last
+        self.versions: dict[int, bytes] = {}  # of the arrays that a node said it holds; by node id
+        self.submodels: dict[int, str] = {}  # the part of the model that a node said it holds; by node id
+        self._before: dict[str, bytes] = {}  # what clients held when the run was saved that is resumed
+        self._history: Sequence[bytes] = ()  # the versions of then, oldest first
+        self._client_ids: dict[int, str] = {}  # by node id; known once a node has answered
+        self._node_ids: dict[str, int] = {}  # the other way round, of the node that answered last
+
+    def held(self) -> dict[str, bytes]:
+        """Return the version that each client said it holds, by client id."""
+        now = {name: self.versions[node] for name, node in self._node_ids.items() if node in self.versions}
+        return self._before | now
+
+    def recall(self, held: Mapping[str, bytes], history: Sequence[bytes]) -> None:
+        """Go on from what `held` returned; `history`: the versions of that time, oldest first."""
+        self._before, self._history = dict(held), history
+
+    def order(self, node_id: int) -> tuple[str, int]:
+        """Return a sort key: by client, since node ids are random."""
+        return self._client_ids.get(node_id, ""), node_id
+
+    def accepted_from(self, node_id: int) -> bytes:
+        """Return the digest that this node must be told."""
+        return self.accepted.get(self._client_ids.get(node_id, ""), GENESIS)
+
+    def read(self, reply: Message, asked: Collection[int]) -> Report:
+        """Return the report of a reply to a message of this round.
+
+        Raises
+        ------
+        ReplyError
+            If the node was not asked, is not the client it says, or adds to a history unknown here.
+        """
+        node_id, report = reply.metadata.src_node_id, self.read_version(reply)
+        if node_id not in asked:
+            raise ReplyError("it was not asked.")
+        if (owner := self._node_ids.get(report.client_id)) != node_id and owner in asked:
+            raise ReplyError(f"another node of this round is client {report.client_id!r} already.")
+        accepted = self.accepted.get(report.client_id, GENESIS)
+        if report.base != accepted and (report.base != GENESIS or self.told.get(node_id) != accepted):
+            raise ReplyError("its upload adds to a history that the server does not have.")
+        return report
+
+    def read_version(self, reply: Message) -> Report:
+        """Return the report of a reply, and take note of what its node holds: nothing, if it is an error.
+
+        Raises
+        ------
+        ReplyError
+            If it is an error, or holds no report.
+        """
+        node_id = reply.metadata.src_node_id
+        self.versions.pop(node_id, None)
+        self.submodels.pop(node_id, None)  # an error may mean that it holds another part now
+        report = read_report(content_of(reply))
+        restore_metrics(reply.content)
+        self.versions[node_id] = report.version
+        self.submodels[node_id] = self._name_of(report)
+        return report
+
+    def readable(self, replies: Iterable[Message], weight_key: str) -> list[RecordDict]:
+        """Return the contents of an evaluation's replies; log those that cannot be used."""
+        contents = []
+        for reply in replies:
+            try:
+                self.read_version(reply)
+                weight_of(reply, weight_key)
+                contents.append(reply.content)
+            except ReplyError as error:
+                logger.warning("node %d, evaluation: %s", reply.metadata.src_node_id, error)
+        return contents
+
+    def knows(self, node_id: int) -> bool:
+        """Return whether this node has said which client it is."""
+        return node_id in self._client_ids
+
+    def absent(self, node_ids: Collection[int]) -> list[str]:
+        """Return the clients that are known, and are none of these nodes."""
+        return sorted({*self.accepted, *self._node_ids} - set(self.names(node_ids).values()))
+
+    def introduce(self, reply: Message) -> None:
+        """Take note of which client a node is, and of what it holds; raises ReplyError as `read_version`.
+
+        Of a run that is resumed, what it held when the run was saved: what came later, and was not saved, is sent
+        again, so that a resumed run sends what it would have sent without the interruption.
+        """
+        report, node_id = self.read_version(reply), reply.metadata.src_node_id
+        history, name = self._history, report.client_id
+        if report.version in history and name not in self._node_ids:
+            before = self._before.get(name, GENESIS)
+            if before == GENESIS or before in history[: history.index(report.version)]:
+                self.versions[node_id] = before
+        self._meet(node_id, name)
+
+    def _meet(self, node_id: int, client_id: str) -> None:
+        self._before.pop(client_id, None)
+        self._client_ids[node_id] = client_id
+        self._node_ids[client_id] = node_id
+
+    def names(self, node_ids: Collection[int]) -> dict[int, str]:
+        """Return the clients of those nodes that have answered once."""
+        return {node_id: self._client_ids[node_id] for node_id in node_ids if node_id in self._client_ids}
+
+    def accept(self, node_id: int, report: Report, frame: bytes) -> bytes:
+        """Take note that an upload, or a skip, was accepted; return the digest of all that its client has sent."""
+        self._meet(node_id, report.client_id)
+        if report.skipped:
+            return report.base
+        digest = self.accepted[report.client_id] = chain(report.base, frame)
+        return digest
