@@ -60,8 +60,9 @@ class Tac(UpdateStrategy[ClusterState]):
     signature : {"factors", "product"}
         What of adapters is compared: the LoRA factors, or their products.
     evidence : {"adapters", "updates"}
-        Whether slots are told apart by the adapters of the round, or by their updates of all rounds, which find a
-        slot's cluster later where short training hides it first: `fedkit.aggregation.evidence`.
+        Whether slots are told apart by the adapters of the round, as published, or by their updates of all rounds,
+        of which the server keeps 8 KiB a slot: where training is too short for one round to tell, a slot finds
+        its cluster later (`fedkit.aggregation.evidence`).
     max_slots : int, optional
         How many adapters one client may send; as many as there are clusters if unset.
     quantizer : Quantizer
