@@ -10,7 +10,8 @@ largest upload, as FL-TAC counts them: of the adapters of all tasks; bytes are o
 
 Few local steps on few examples leave little to cluster: with ``--steps 4 --examples 300`` the updates of one task
 are no more alike in the first round than those of two (mean cosine −0.00 against −0.03; 41 % of the slots are in
-their task's cluster, with 20 steps 63 %), and slots that began in a wrong cluster stay there.
+their task's cluster, with 20 steps 63 %), and slots that began in a wrong cluster stay there, unless they are told
+apart by their updates of all rounds (`fedkit.aggregation.evidence`).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ SETTINGS: dict[str, Any] = {
 }
 ARMS: dict[str, dict[str, Any]] = {
     "TAC, rank 1 per task": {"strategy": "tac"},
+    "TAC, by the updates of all rounds": {"strategy": "tac", "strategy-options": "evidence='updates'"},
     "FedIT, rank 16": {"strategy": "fedavg"},
     "oracle: told the tasks": {"strategy": "tac", "clustering": "oracle"},
     "FedIT, rank 16, a head per task": {"strategy": "fedavg", "heads": "per-task"},

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedkit.aggregation.cluster import Clustered, ClusterState
+from fedkit.aggregation.evidence import Evidence
 from fedkit.aggregation.identities import Assignment
 from fedkit.aggregation.lazy import LazyMean
 from fedkit.aggregation.mean import MaskedMean, Mean
@@ -58,6 +59,10 @@ class Tac(UpdateStrategy[ClusterState]):
         Whether there are that many, or as many, up to that, as fit best.
     signature : {"factors", "product"}
         What of adapters is compared: the LoRA factors, or their products.
+    evidence : {"adapters", "updates"}
+        Whether slots are told apart by the adapters of the round, as published, or by their updates of all rounds,
+        of which the server keeps 8 KiB a slot: where training is too short for one round to tell, a slot finds
+        its cluster later (`fedkit.aggregation.evidence`).
     max_slots : int, optional
         How many adapters one client may send; as many as there are clusters if unset.
     quantizer : Quantizer
@@ -103,6 +108,7 @@ class Tac(UpdateStrategy[ClusterState]):
         num_clusters: int,
         number: Number = "given",
         signature: Signature = "factors",
+        evidence: Evidence = "adapters",
         max_slots: int | None = None,
         quantizer: Quantizer | None = None,
         density: float = 1.0,
@@ -125,7 +131,7 @@ class Tac(UpdateStrategy[ClusterState]):
             inner = LazyMean(weighted)
         elif density < 1:
             inner = MaskedMean(weighted)
-        rules = Tasks(num_clusters, number, signature, distinct, anchored, screened, seed)
+        rules = Tasks(num_clusters, number, signature, distinct, anchored, screened, seed, evidence)
         options.setdefault("downlink", None)
         aggregator = Clustered(rules, inner)
         super().__init__(

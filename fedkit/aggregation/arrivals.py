@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkit.aggregation.evidence import Sums, compared, slot_name, summed, told
 from fedkit.aggregation.identities import Assignment
 from fedkit.aggregation.kmeans import Points, distances
 from fedkit.aggregation.lazy import LazyState
 from fedkit.aggregation.protocol import Cohort, Upload
-from fedkit.aggregation.signatures import Signatures
+from fedkit.aggregation.signatures import Row, Signatures
 from fedkit.aggregation.slots import count_slots, split_slots
 from fedkit.aggregation.tasks import Tasks, overlong
 from fedkit.arrays import Mask, NamedArrays, add, num_values, squared_norm
 
 KEPT: Final = 2**27
 """Bytes of arrays that are kept from the first pass to the second."""
-
-
-def slot_name(client: str, slot: int) -> str:
-    """Return the name of a slot, as aggregations inside clusters know it."""
-    return f"{client}#{slot}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +38,7 @@ class Seen:
     points: Points  # one row each: `fedkit.aggregation.signatures`
     labels: Sequence[int]  # the cluster of each
     aside: NDArray[np.bool_]  # whether it counts for nothing
+    evidence: Sums = field(default_factory=dict)  # of all slots that ever sent; empty if adapters are compared
 
     def assignment(self) -> dict[str, tuple[int, ...]]:
         """Return the clusters of each client's slots."""
@@ -70,13 +67,23 @@ class Arrivals:
         The present adapters of all clusters.
     lazy : LazyState, optional
         What the server has from each slot, if uploads add to that; None: they are all there is.
+    evidence : Sums, optional
+        What slots sent in former rounds, if their updates are compared.
     """
 
-    def __init__(self, tasks: Tasks, clusters: Sequence[NamedArrays], lazy: LazyState | None) -> None:
+    def __init__(
+        self,
+        tasks: Tasks,
+        clusters: Sequence[NamedArrays],
+        lazy: LazyState | None,
+        evidence: Sums | None = None,
+    ) -> None:
         self.tasks, self.clusters, self.lazy = tasks, clusters, lazy
         self._signatures = Signatures(tasks.signature)
         for adapter in clusters:
             self._signatures.add(adapter)
+        self._evidence = evidence or {}
+        self._told: list[Row] = []
         self._uploads: list[Upload] = []
         self._silent: dict[str, Upload] = {}
         self._slots: list[Slot] = []
@@ -93,7 +100,10 @@ class Arrivals:
         updates, starts = split_slots(upload.arrays, num_slots), split_slots(sent, num_slots)
         for slot, (start, update) in enumerate(zip(starts, updates, strict=True)):
             whole = self._whole(upload, slot, update)
-            self._signatures.add(add(start, whole))
+            if self.tasks.evidence == "updates":
+                self._told.append(told(start, whole, self.tasks.signature))
+            else:
+                self._signatures.add(add(start, whole))
             self._lengths.append(math.sqrt(squared_norm(whole)))
             self._slots.append(Slot(len(self._uploads), slot, start))
         self._kept += 4 * num_values(upload.arrays)
@@ -103,10 +113,12 @@ class Arrivals:
 
     def cluster(self, before: Assignment) -> Seen:
         """Return where all belong, given where slots belonged before."""
-        rows = self._signatures.rows()
-        former, points = rows[: len(self.clusters)], rows[len(self.clusters) :]
         clients = [self._uploads[one.number].client_id for one in self._slots]
         aside = overlong(self._lengths) if self.tasks.screened else np.zeros(len(clients), np.bool_)
+        if self.tasks.evidence == "updates":
+            return self._by_updates(clients, aside, before)
+        rows = self._signatures.rows()
+        former, points = rows[: len(self.clusters)], rows[len(self.clusters) :]
         held = sorted({label for labels in before.values() for label in labels})
         labels = np.zeros(len(clients), np.int64)
         if len(clients):
@@ -119,6 +131,24 @@ class Arrivals:
             labels[number] = known[slot] if slot < len(known) else nearest
         slots = [one.slot for one in self._slots]
         self._seen = Seen(clients, slots, points, [int(label) for label in labels], aside)
+        return self._seen
+
+    def _by_updates(self, clients: Sequence[str], aside: NDArray[np.bool_], before: Assignment) -> Seen:
+        """Return the same by what slots sent in all rounds; those of absent clients are clustered along."""
+        evidence, slots = dict(self._evidence), [one.slot for one in self._slots]
+        names = [slot_name(client, slot) for client, slot in zip(clients, slots, strict=True)]
+        for name, row, odd in zip(names, self._told, aside, strict=True):
+            if not odd:
+                evidence[name] = summed(evidence.get(name), row)
+            elif name not in evidence:
+                evidence[name] = (0, np.zeros_like(row))
+        points, former = compared(evidence, before, len(self.clusters))
+        labels: list[int] = []
+        if evidence:
+            labels = self.tasks.label([name.rpartition("#")[0] for name in evidence], points, former)
+        places = {name: number for number, name in enumerate(evidence)}
+        chosen = [places[name] for name in names]
+        self._seen = Seen(clients, slots, points[chosen], [labels[i] for i in chosen], aside, evidence)
         return self._seen
 
     def uploads(self, k: int, cohort: Cohort) -> Iterator[Upload]:

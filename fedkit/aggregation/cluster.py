@@ -37,7 +37,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedkit.aggregation.arrivals import Arrivals, Seen, slot_name
+from fedkit.aggregation.arrivals import Arrivals, Seen
+from fedkit.aggregation.evidence import Sums, slot_name
 from fedkit.aggregation.identities import Assignment
 from fedkit.aggregation.lazy import LazyMean, LazyState
 from fedkit.aggregation.lora import LORA_GAP
@@ -56,6 +57,7 @@ class ClusterState:
     assignment: Assignment = field(default_factory=dict)  # which cluster each slot of the others was last in
     inner: Any = None  # of the aggregation inside clusters: one for all of them, by the names of slots
     seen: Seen | None = None  # what was clustered last; not saved
+    evidence: Sums = field(default_factory=dict)  # what each slot sent by now, if that is what is clustered
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ class Clustered:
     def remember(self, state: ClusterState) -> dict[str, Any]:
         """Return the plain values that `recall` needs."""
         inner = self.inner.remember(state.inner) if isinstance(self.inner, Remembering) else state.inner
-        return {"start": dict(state.start), "assignment": dict(state.assignment), "inner": inner}
+        tree = {"start": dict(state.start), "assignment": dict(state.assignment), "inner": inner}
+        return tree | ({"evidence": dict(state.evidence)} if state.evidence else {})
 
     def recall(self, params: NamedArrays, saved: Mapping[str, Any], folder: Path | None) -> ClusterState:
         """Return the state of a run that keeps files in `folder`; of a new one if `saved` is empty.
@@ -85,7 +88,7 @@ class Clustered:
         else:
             inner = saved.get("inner") if saved else self.inner.init(clusters[0])
         if saved:
-            return ClusterState(saved["start"], saved["assignment"], inner)
+            return ClusterState(saved["start"], saved["assignment"], inner, evidence=saved.get("evidence", {}))
         start = weighted_mean(((1.0, adapter) for adapter in clusters), like=clusters[0])
         return ClusterState(start, {}, inner)
 
@@ -94,7 +97,7 @@ class Clustered:
     ) -> Aggregate[ClusterState]:
         """Return the clusters' new adapters, and who is in which; see `Arrivals` for what is in memory."""
         clusters = split_clusters(params)
-        arrivals = Arrivals(self.tasks, clusters, lazy=self._lazy(state))
+        arrivals = Arrivals(self.tasks, clusters, self._lazy(state), state.evidence)
         for upload in uploads:
             arrivals.add(upload, cohort.sent[upload.node_id])
         seen = arrivals.cluster(state.assignment)
@@ -108,7 +111,7 @@ class Clustered:
             stand_ins |= step.stand_ins
             for key, value in step.metrics.items():
                 metrics[key] = max(value, metrics.get(key, 0)) if key == LORA_GAP else metrics.get(key, 0) + value
-        state = replace(state, assignment=assignment, inner=inner, seen=seen)
+        state = replace(state, assignment=assignment, inner=inner, seen=seen, evidence=seen.evidence)
         return Aggregate(join_clusters(new), state, metrics, _by_client(stand_ins))
 
     def digests(self, state: ClusterState) -> dict[str, bytes]:

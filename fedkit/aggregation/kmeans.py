@@ -61,7 +61,7 @@ def kmeans(
     """
     count = min(num_clusters, _num_different(points))
     centre = points.mean(axis=0)
-    short, first = _shortened(points - centre, None if known is None else known - centre)
+    short, first = shortened(points - centre, None if known is None else known - centre)
     owned = _Owned.of(owners, len(points))
     rng = np.random.default_rng(seed)
     best, labels, found = np.inf, np.zeros(len(points), np.int64), 0
@@ -119,7 +119,7 @@ def _num_different(points: Points) -> int:
     return len({row.tobytes() for row in points + 0.0})  # +0.0, for −0 is 0
 
 
-def _shortened(points: Points, known: Points | None) -> tuple[Points, Points | None]:
+def shortened(points: Points, known: Points | None) -> tuple[Points, Points | None]:
     """Return rows with the same distances to each other, of no more values than there are rows."""
     count = len(points)
     together = points if known is None else np.vstack([points, known])

@@ -65,7 +65,7 @@ class Signatures:
 
     def add(self, adapter: NamedArrays) -> None:
         """Add an adapter's row."""
-        row = flatten(adapter) if self.kind == "factors" else _products(adapter)
+        row = signature(adapter, self.kind)
         if self._exact and (len(self._rows) + 1) * row.size > EXACT and row.size > WIDTH:
             self._rows = [sketch(known) for known in self._rows]
             self._exact = False
@@ -76,9 +76,14 @@ class Signatures:
         return np.stack(self._rows).astype(np.float64)
 
 
-def sketch(row: Row) -> Row:
-    """Return `WIDTH` values for a row of any size."""
-    signs, order = _places(row.size)
+def signature(adapter: NamedArrays, kind: Signature) -> Row:
+    """Return an adapter's row, exact."""
+    return flatten(adapter) if kind == "factors" else _products(adapter)
+
+
+def sketch(row: Row, width: int = WIDTH) -> Row:
+    """Return `width` values, a power of 2 up to `FOLD`, for a row of any size."""
+    signs, order = _places(row.size, width)
     padded = np.zeros(signs.shape, np.float32)
     padded.reshape(-1)[: row.size] = row
     folded = np.append(np.einsum("ij,ij->j", padded, signs), np.float32(0))
@@ -86,11 +91,11 @@ def sketch(row: Row) -> Row:
 
 
 @lru_cache(maxsize=8)
-def _places(size: int) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+def _places(size: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
     """Return the signs of entries, a line of `FOLD` in a row, and which lines' sums add up; fixed for a size."""
-    rng = np.random.default_rng([size, WIDTH])
+    rng = np.random.default_rng([size, width])
     signs = rng.choice(np.array([-1, 1], np.float32), (-(-size // FOLD), FOLD))
-    return signs, rng.permutation(-(-FOLD // WIDTH) * WIDTH).reshape(WIDTH, -1)
+    return signs, rng.permutation(-(-FOLD // width) * width).reshape(width, -1)
 
 
 def _products(adapter: NamedArrays) -> Row:

@@ -22,7 +22,8 @@ An adapter is odd
 What it cannot mend
 -------------------
 A slot starts from its cluster's adapter, and so stays near it: what is wrong after the first rounds tends to last.
-Where local training is so short that updates of one task are hardly alike, let the first round be longer.
+Where local training is so short that updates of one task are hardly alike, cluster by the updates of all rounds
+(`evidence`), or let the first round be longer.
 
 How many clusters there are
 ---------------------------
@@ -43,6 +44,8 @@ from typing import Final, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkit.aggregation.alike import alike
+from fedkit.aggregation.evidence import Evidence
 from fedkit.aggregation.identities import match
 from fedkit.aggregation.kmeans import Points, distances, kmeans
 from fedkit.aggregation.signatures import Signature, Signatures
@@ -73,6 +76,8 @@ class Tasks:
         Whether there are that many, or fewer if that fits better.
     signature : {"factors", "product"}
         What of adapters is compared: `fedkit.aggregation.signatures`.
+    evidence : {"adapters", "updates"}
+        Whether the adapters of a round are clustered, or the updates of all rounds: `fedkit.aggregation.evidence`.
     distinct : bool
         Whether adapters of one client are for different tasks, unless they are equal.
     anchored : bool
@@ -95,12 +100,15 @@ class Tasks:
     anchored: bool = True
     screened: bool = True
     seed: int = 0
+    evidence: Evidence = "adapters"
 
     def __post_init__(self) -> None:
         if self.num_clusters < 1:
             raise ConfigError(f"num_clusters must be at least 1, got {self.num_clusters}.")
         if self.number not in get_args(Number):
             raise ConfigError(f"number: expected one of {', '.join(get_args(Number))}, got {self.number!r}.")
+        if self.evidence not in get_args(Evidence):
+            raise ConfigError(f"evidence: expected one of {', '.join(get_args(Evidence))}, got {self.evidence!r}.")
         Signatures(self.signature)
         if find_spec("scipy") is None:
             raise ConfigError('clustering needs scipy, which is missing. Do: pip install "fedkit[cluster]".')
@@ -119,7 +127,7 @@ class Tasks:
         held : Sequence[int]
             The clusters that have slots.
         """
-        anchors = former[list(held)] if self.anchored else former[:0]
+        anchors = former[list(held)] if self.anchored and self.evidence == "adapters" else former[:0]
         owners = _apart(clients, points) if self.distinct else [f"{_ANCHOR}{row}" for row in range(len(points))]
         for k in range(len(anchors)):  # as many tasks as clusters only if that is given
             owners.append(_ANCHOR if self.number == "given" else f"{_ANCHOR}cluster {k}")
@@ -128,14 +136,20 @@ class Tasks:
 
     def _clustered(self, points: Points, owners: Sequence[str], known: Points | None) -> list[int]:
         if self.number == "given":
-            return kmeans(points, self.num_clusters, seed=self.seed, owners=owners, known=known)
+            return self._split(points, self.num_clusters, owners, known)
         least = max(np.unique(np.asarray(owners), return_counts=True)[1].tolist())
-        best, found = STRUCTURE, kmeans(points, least, seed=self.seed, owners=owners)
+        best, found = STRUCTURE, self._split(points, least, owners, None)
         for count in range(max(least, 2), self.num_clusters + 1):
-            labels = kmeans(points, count, seed=self.seed, owners=owners, known=known)
+            labels = self._split(points, count, owners, known)
             if (value := silhouette(points, labels, seed=self.seed)) > best:
                 best, found = value, labels
         return found
+
+    def _split(self, points: Points, count: int, owners: Sequence[str], known: Points | None) -> list[int]:
+        if self.evidence == "adapters":
+            return kmeans(points, count, seed=self.seed, owners=owners, known=known)
+        nearest = None if known is None or len(known) > count else distances(points, known).argmin(axis=1).tolist()
+        return alike(points, count, seed=self.seed, owners=owners, known=nearest)
 
 
 def _apart(clients: Sequence[str], points: Points) -> list[str]:

@@ -37,6 +37,7 @@ SCHEMES = {
     "safari, models that move on": (Safari, {"missing": Missing(surrogate="update", warmup_rounds=1)}),
     "safari, published": (Safari.published, {}),
     "tac": (Tac, {"num_clusters": 2}),
+    "tac, by updates": (Tac, {"num_clusters": 2, "evidence": "updates"}),
     "tac, a lazy sum": (Tac, {"num_clusters": 2, "skip": SkipRule.aquila(0.3)}),
     "tac, masks and surrogates": (Tac, {"num_clusters": 2, "density": 0.5, "missing": "safari"}),
 }

@@ -25,6 +25,7 @@ from tests.strategies.test_tac import TASKS, by_task, client, clients, everybody
 
 ALL_OF_IT = {"quantizer": ZeroMidTread(), "density": 0.5, "missing": "safari"}
 LAZY = {"quantizer": ZeroMidTread(6, 6), "skip": SkipRule.aquila(0.05)}
+BY_UPDATES = {"evidence": "updates"}
 
 
 def distance(params, strategy):
@@ -34,7 +35,10 @@ def distance(params, strategy):
     return max(np.linalg.norm(flat(a) - b) / np.linalg.norm(b) for a, b in zip(found, true, strict=True))
 
 
-@pytest.mark.parametrize("options", [ALL_OF_IT, LAZY, {"missing": "mifa"}, {"missing": "reweight"}])
+@pytest.mark.parametrize(
+    "options",
+    [ALL_OF_IT, LAZY, {"missing": "mifa"}, {"missing": "reweight"}, ALL_OF_IT | BY_UPDATES, LAZY | BY_UPDATES],
+)
 def test_every_coding_finds_the_tasks_and_learns_them(options):
     strategy = Tac(num_clusters=3, **options, **everybody())
     faults = Faults(drop=0.3, seed=1, start_round=2)

@@ -1,0 +1,91 @@
+"""What tells which task a slot is for: the adapter it sent, or all updates that it ever sent.
+
+==============  ==============================================================================================
+evidence        what of a slot is clustered
+==============  ==============================================================================================
+``"adapters"``  the adapter of this round, as FL-TAC has it: `fedkit.aggregation.signatures`
+``"updates"``   the sum of its updates of all rounds so far, the t-th weighted by 1/t
+==============  ==============================================================================================
+
+The second is ours. An adapter is the one that its slot started from, its cluster's, and a small update: a slot
+that was put into a wrong cluster stays near it. But a slot's task never changes, so what its updates have in
+common adds up over the rounds, while the noise of a few local steps does not, and the start is not in the sum. A
+slot thus finds its cluster later, and from then on starts from that cluster's adapter. It needs slots that keep
+their tasks. What adds up, too, is how a client's data differ from those of others with its task: once an adapter
+is trained, this is all that updates say. So the first ones weigh most.
+
+Of each slot the server keeps a row for its LoRA factors and one for all other arrays, the head: exact up to
+`WIDTH` values, else sketched, which is linear, so that a sum of sketches is the sketch of the sum. Sums are
+compared by direction, for clients answer more often or less: from each row the mean of all known slots is taken,
+and what is left has unit length. So the head, whose updates are larger, does not outweigh the factors. Slots
+that are absent are clustered along, in place of the clusters' present adapters; `fedkit.aggregation.alike` has
+the clustering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal, TypeAlias
+
+import numpy as np
+
+from fedkit.aggregation.identities import Assignment
+from fedkit.aggregation.kmeans import Points
+from fedkit.aggregation.lora import lora_pairs
+from fedkit.aggregation.signatures import Row, Signature, signature, sketch
+from fedkit.arrays import NamedArrays, add
+
+Evidence: TypeAlias = Literal["adapters", "updates"]
+Sum: TypeAlias = tuple[int, Row]
+"""How many updates a slot sent, and their sum, shape (2, `WIDTH`)."""
+Sums: TypeAlias = Mapping[str, Sum]
+"""Of each slot, by name."""
+
+WIDTH: Final = 1024
+"""Values of each of a slot's two rows."""
+
+
+def slot_name(client: str, slot: int) -> str:
+    """Return the name of a slot, as aggregations inside clusters know it."""
+    return f"{client}#{slot}"
+
+
+def told(start: NamedArrays, update: NamedArrays, kind: Signature) -> Row:
+    """Return what one update says of its slot, shape (2, `WIDTH`)."""
+    factors = {name for pair in lora_pairs(start) for name in pair}
+    rows = np.zeros((2, WIDTH), np.float32)
+    for row, names in zip(rows, (factors, start.keys() - factors), strict=True):
+        part = {name: update[name] for name in update if name in names}
+        if part:
+            change = signature(part, kind)
+            if kind == "product" and names is factors:
+                before = {name: start[name] for name in part}
+                change = signature(add(before, part), kind) - signature(before, kind)
+            short = change if change.size <= WIDTH else sketch(change, WIDTH)
+            row[: short.size] = short
+    return rows
+
+
+def summed(known: Sum | None, row: Row) -> Sum:
+    """Return a slot's sum with one more update."""
+    count, before = known or (0, np.zeros_like(row))
+    return count + 1, before + row / np.float32(count + 1)
+
+
+def compared(sums: Sums, before: Assignment, num_clusters: int) -> tuple[Points, Points]:
+    """Return a row for each slot, and for each cluster the mean of those that were in it; nobody's: zeros."""
+    stacked = np.array([row for _, row in sums.values()], np.float64).reshape(-1, 2, WIDTH)
+    centred = stacked - stacked.sum(axis=0) / max(len(stacked), 1)
+    lengths = np.linalg.norm(centred, axis=2, keepdims=True)
+    points = (centred / np.where(lengths > 0, lengths, 1.0)).reshape(-1, 2 * WIDTH)
+    numbers = {name: number for number, name in enumerate(sums)}
+    former = np.zeros((num_clusters, points.shape[1]))
+    members: list[list[int]] = [[] for _ in range(num_clusters)]
+    for client, labels in before.items():
+        for slot, label in enumerate(labels):
+            if (number := numbers.get(slot_name(client, slot))) is not None:
+                members[label].append(number)
+    for k, own in enumerate(members):
+        if own:
+            former[k] = points[own].mean(axis=0)
+    return points, former
