@@ -173,7 +173,7 @@ class _Sample(NamedTuple):
         shares = np.concatenate([[at[0]], counts]) / self.sizes.size
         shares = shares[shares > 0]
         rate = -(shares * np.log2(shares)).sum() + 1 - at[0] / self.sizes.size
-        first, slope = _line(counts.sum(), float(counts @ j), float(counts @ j**2), sums.sum(), sums @ j)
+        first, slope = _line(counts.sum(), float(counts @ j), float(counts @ j**2), sums.sum(), float(sums @ j))
         return _Outcome(rate, 1 - (first * sums.sum() + slope * (sums @ j)) / self.energy)
 
     def _levels(self, threshold: float, step: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
