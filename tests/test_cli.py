@@ -15,16 +15,6 @@ from tests.helpers.superlink import FakeSuperLink
 TINY_APP = Path(__file__).parent / "fixtures" / "tiny_app"
 
 
-@pytest.fixture
-def superlink(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSuperLink]:
-    class Mine(FakeSuperLink):
-        pass
-
-    monkeypatch.setattr(cli, "SuperLink", Mine)
-    monkeypatch.chdir(tmp_path)
-    return Mine
-
-
 def plan(*options: str, out: str = "/out") -> list[Arm]:
     """Return the arms that these options stand for."""
     arguments = cli.build_parser().parse_args(["run", str(TINY_APP), *options])

@@ -25,14 +25,9 @@ TINY_APP = Path(__file__).parent / "fixtures" / "tiny_app"
 
 
 @pytest.fixture
-def superlink(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSuperLink]:
-    class Mine(FakeSuperLink):
-        pass
-
-    monkeypatch.setattr(cli, "SuperLink", Mine)
-    monkeypatch.chdir(tmp_path)
+def superlink(superlink: type[FakeSuperLink]) -> type[FakeSuperLink]:
     shutil.copytree(TINY_APP, "app")
-    return Mine
+    return superlink
 
 
 def run(*options: str) -> int:

@@ -17,16 +17,6 @@ from tests.helpers.superlink import FakeSuperLink, row
 TINY_APP = Path(__file__).parent / "fixtures" / "tiny_app"
 
 
-@pytest.fixture
-def superlink(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeSuperLink]:
-    class Mine(FakeSuperLink):
-        pass
-
-    monkeypatch.setattr(cli, "SuperLink", Mine)
-    monkeypatch.chdir(tmp_path)
-    return Mine
-
-
 def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Return what TensorBoard reads: steps and values by tag."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

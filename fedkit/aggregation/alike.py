@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from fedkit.aggregation.kmeans import Labels, Points, kmeans, shortened, squared_lengths
+from fedkit.aggregation.kmeans import Labels, Points, kmeans, rows_of, shortened, squared_lengths
 
 STARTS: Final = 20
 """How often it is begun anew at most: it ends earlier when the best is found for the `AGAIN`-th time."""
@@ -45,10 +45,7 @@ def alike(
         Labels to begin with in one more start: those of the round before.
     """
     short, _ = shortened(points - points.mean(axis=0), None)
-    rows: dict[str, list[int]] = {}
-    for row, owner in enumerate(owners):
-        rows.setdefault(owner, []).append(row)
-    owned, rng = [np.array(own) for own in rows.values()], np.random.default_rng(seed)
+    owned, rng = rows_of(owners), np.random.default_rng(seed)
     first = [kmeans(points, num_clusters, seed=seed, owners=owners), *([known] if known is not None else [])]
     best, labels, found = -np.inf, np.zeros(len(points), np.int64), 0
     for begin in chain(first, (_spread(owned, num_clusters, len(points), rng) for _ in range(STARTS))):

@@ -92,6 +92,14 @@ def squared_lengths(points: Points) -> Points:
     return np.asarray(np.einsum("ij,ij->i", points, points))
 
 
+def rows_of(owners: Sequence[str]) -> list[Labels]:
+    """Return the rows of each owner, in the order of their first ones."""
+    found: dict[str, list[int]] = {}
+    for row, owner in enumerate(owners):
+        found.setdefault(owner, []).append(row)
+    return [np.array(rows) for rows in found.values()]
+
+
 @dataclass(frozen=True, slots=True)
 class _Owned:
     """Which rows have one owner."""
@@ -103,10 +111,8 @@ class _Owned:
     def of(cls, owners: Sequence[str] | None, count: int) -> _Owned:
         if owners is None:
             return cls(np.arange(count), [])
-        of: dict[str, list[int]] = {}
-        for row, owner in enumerate(owners):
-            of.setdefault(owner, []).append(row)
-        return cls(np.array([rows[0] for rows in of.values()]), [np.array(r) for r in of.values() if len(r) > 1])
+        every = rows_of(owners)
+        return cls(np.array([rows[0] for rows in every]), [rows for rows in every if len(rows) > 1])
 
     def first(self, rng: np.random.Generator) -> list[int]:
         """Return all rows of a random owner."""
