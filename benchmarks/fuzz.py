@@ -30,7 +30,7 @@ from fedkit.codec.packing import unpack_mask
 from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.codec.rotation import Eden
 from fedkit.codec.snapshot import decode_snapshot, encode_snapshot
-from fedkit.codec.sparsify import Magnitude, Structured, TopK, random_mask
+from fedkit.codec.sparsify import DrawnMask, Magnitude, Structured, TopK, random_mask
 from fedkit.codec.wire import HEADER_SIZE, Codec, decode
 from fedkit.errors import CodecError
 
@@ -101,6 +101,8 @@ def fresh(rng: np.random.Generator, largest: int = 40) -> Seed:
         return Seed(encode_snapshot(update, Codec(codec.quantizer), rng=rng), {"like": update}, True)
     last = random_mask(update, 0.3, rng) if rng.random() < 0.3 else None
     mask = last if last is not None and rng.random() < 0.5 else None
+    if rng.random() < 0.1:
+        mask = DrawnMask(int(rng.integers(2**63)), float(rng.uniform(0.01, 1)))
     return Seed(codec.encode(update, mask=mask, last_mask=last, rng=rng), {"like": update, "last_mask": last})
 
 
@@ -127,7 +129,7 @@ def header(data: bytearray, rng: np.random.Generator, other: bytes) -> None:
     if kind == 0:
         data[3:4] = bytes([rng.integers(9)])
     elif kind == 1:
-        data[4:5] = bytes([rng.integers(40)])
+        data[4:5] = bytes([rng.integers(72)])
     else:
         number = int(EXTREMES[rng.integers(len(EXTREMES))]) if rng.random() < 0.5 else int(rng.integers(2000))
         data[13 + 4 * (kind - 2) : 17 + 4 * (kind - 2)] = number.to_bytes(4, "little")

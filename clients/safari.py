@@ -11,6 +11,9 @@ out, where the paper masks every gradient. So what regrows is judged by the upda
 With `sparse_model`, as published, training starts from the model under the mask and the least *weights* go;
 without, the default, it starts from the whole model and the least *updates* go. Under a row mask
 (`fedkit.row_masks`) a client sends those of its entries that are in active rows, and moves only them.
+
+Not from the paper: masks that are drawn anew for each upload (`fedkit.codec.sparsify.DrawnMask`), of which only a
+seed travels, and that nobody remembers.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from numpy.typing import NDArray
 
 from fedkit.arrays import Mask, NamedArrays, add, flatten_mask, num_values, schema_digest, unflatten
 from fedkit.codec.packing import pack_mask, unpack_mask
-from fedkit.codec.sparsify import density, prune_and_regrow, random_mask
+from fedkit.codec.sparsify import DrawnMask, density, prune_and_regrow, random_mask
 from fedkit.message import Instructions
 
 from .base import Coded, Job, UpdateMod
@@ -39,7 +42,7 @@ class SafariMod(UpdateMod):
 
     def rewinds(self, instructions: Instructions) -> bool:
         """Return that they do: the mask moves, whatever becomes of the upload."""
-        return True
+        return not instructions.options["drawn"]
 
     def prepare(self, job: Job) -> NamedArrays:
         """Return what was sent, under the mask if models are sparse."""
@@ -50,6 +53,8 @@ class SafariMod(UpdateMod):
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
         """Return the kept entries of the update, and rewire the mask for the next round."""
+        if job.instructions.options["drawn"]:
+            return self._code_drawn(job.travelling(update), job)
         mask, options = load_mask(job, like=update), job.instructions.options
         magnitude = add(self.prepare(job), update) if options["sparse-model"] else update
         travelling, rate = job.travelling(update), float(options["rewire"])
@@ -64,6 +69,12 @@ class SafariMod(UpdateMod):
             save_mask(job, {name: mask[name] ^ changed[name] for name in mask})
         codec = job.instructions.codec
         return Coded(codec.encode(travelling, mask=None if density(mask) == 1 else sent, rng=job.rng))
+
+    @staticmethod
+    def _code_drawn(update: NamedArrays, job: Job) -> Coded:
+        share = float(job.instructions.options["density"])
+        mask = None if share == 1 else DrawnMask(int(job.rng.integers(2**63)), share)
+        return Coded(job.instructions.codec.encode(update, mask=mask, rng=job.rng))
 
 
 def load_mask(job: Job, *, like: NamedArrays) -> dict[str, NDArray[np.bool_]]:

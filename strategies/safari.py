@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from fedkit.aggregation.mean import MaskedMean
 from fedkit.aggregation.missing import Choice, Missing
@@ -30,6 +30,10 @@ class Safari(UpdateStrategy[Any]):
     ----------
     density : float
         Share of each matrix that a client keeps, above 0 to 1.
+    masks : {"own", "drawn"}
+        Whose entries are kept: those of a mask that each client has and moves, as published, which travels along;
+        or others in each upload, drawn by both sides, so that only a seed travels. Of a fifth of the entries, the
+        mask takes 0.72 bits for each of all.
     rewire : float
         Share of the kept entries that a client moves in a round, 0 to 1. At 1, the default, all of them: so
         every entry has its turn, and none is left to the few clients that happened to keep it.
@@ -58,6 +62,7 @@ class Safari(UpdateStrategy[Any]):
         self,
         *,
         density: float = 0.2,
+        masks: Literal["own", "drawn"] = "own",
         rewire: float = 1.0,
         anneal: bool = False,
         missing: Choice | Missing = "safari",
@@ -75,7 +80,14 @@ class Safari(UpdateStrategy[Any]):
             raise ConfigError(
                 "sparse_model: a model's entries that rest, or are not held, would count as pruned. Leave it."
             )
+        if masks not in ("own", "drawn"):
+            raise ConfigError(f"masks: expected 'own' or 'drawn', got {masks!r}.")
+        if masks == "drawn" and (sparse_model or anneal or rewire != 1):
+            raise ConfigError(
+                "masks='drawn': nobody keeps a mask, so that rewire, anneal and sparse_model mean nothing."
+            )
         self.density, self.rewire, self.anneal, self.sparse_model = density, rewire, anneal, sparse_model
+        self.masks = masks
 
     @classmethod
     def published(cls, **options: Any) -> Self:
@@ -95,5 +107,6 @@ class Safari(UpdateStrategy[Any]):
             "density": self.density,
             "rewire": self.rewire / 2 * (1 + math.cos(math.pi * progress)),
             "sparse-model": self.sparse_model,
+            "drawn": self.masks == "drawn",
             "seed": self.seed,
         }

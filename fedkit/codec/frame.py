@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fedkit.arrays import NamedArrays, schema_digest
-from fedkit.codec.sections import CODED, MASK_CODED, MASK_DELTA, MASKED, PER_ARRAY
+from fedkit.codec.sections import CODED, MASK_CODED, MASK_DELTA, MASK_DRAWN, MASKED, PER_ARRAY
 from fedkit.errors import CodecError, UnsupportedVersionError, WireFormatError
 
 VERSION: Final = 1
@@ -17,8 +17,8 @@ MAGIC: Final = b"fk"
 HEADER_SIZE: Final = 25
 
 _HEADER = struct.Struct("<2sBBB8sIII")  # magic, version, grid, flags, schema digest, count, schema size, checksum
-_FLAGS = (PER_ARRAY, MASKED, CODED, MASK_CODED, MASK_DELTA)
-_MASK_FLAGS: Final = MASKED | MASK_CODED | MASK_DELTA
+_FLAGS = (PER_ARRAY, MASKED, CODED, MASK_CODED, MASK_DELTA, MASK_DRAWN)
+_MASK_KINDS: Final = MASK_CODED | MASK_DELTA | MASK_DRAWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,9 @@ def read_header(data: bytes) -> Header:
         raise WireFormatError("the checksum does not match: the frame was damaged on its way.")
     if flags > sum(_FLAGS):
         raise WireFormatError(f"flags: expected 0 to {sum(_FLAGS)}, got {flags}. Was this sent by a newer fedkit?")
-    if flags & _MASK_FLAGS not in (0, MASKED, MASKED | MASK_CODED, MASKED | MASK_DELTA):
-        raise WireFormatError(f"flags {flags}: a mask is a bitmap, coded, or a change, or there is none.")
+    kind = flags & _MASK_KINDS
+    if kind not in (0, MASK_CODED, MASK_DELTA, MASK_DRAWN) or (kind and not flags & MASKED):
+        raise WireFormatError(f"flags {flags}: a mask is a bitmap, coded, a change, or drawn, or there is none.")
     if schema_size > len(data) - HEADER_SIZE:
         raise WireFormatError(f"the frame is cut short: expected {schema_size} bytes of names and shapes.")
     return Header(grid, flags, digest, count, schema_size)

@@ -20,18 +20,20 @@ from fedkit.codec.protocol import Group, Quantized
 from fedkit.codec.quantize import MidRiseGroup, MidTreadGroup
 from fedkit.codec.rotation import RotatedGroup
 from fedkit.codec.signs import SignsGroup
+from fedkit.codec.sparsify import DrawnMask
 from fedkit.errors import SchemaMismatchError, WireFormatError
 
 T = TypeVar("T", bound=np.generic)
 
 FLOAT32: Final = 0  # the grid number of values that are not quantized
-PER_ARRAY, MASKED, CODED, MASK_CODED, MASK_DELTA = 1, 2, 4, 8, 16  # flags
+PER_ARRAY, MASKED, CODED, MASK_CODED, MASK_DELTA, MASK_DRAWN = 1, 2, 4, 8, 16, 32  # flags
 GRIDS: Final[dict[int, type[Group]]] = {
     group.grid: group
     for group in (MidRiseGroup, MidTreadGroup, DesignedGroup, RotatedGroup, BlocksGroup, SignsGroup)
 }
 _WORTH: Final = 0.995  # of packed levels: what coding must save to be worth its time
 _U32 = struct.Struct("<I")
+_DRAWN = struct.Struct("<Qd")  # seed and density
 
 
 class Reader:
@@ -65,8 +67,13 @@ def split(flat: NDArray[T], sizes: Sequence[int]) -> list[NDArray[T]]:
 # ---- mask --------------------------------------------------------------------------------------
 
 
-def write_mask(mask: Mask, last: Mask | None) -> tuple[int, bytes]:
-    """Return flags and section of a mask: a bitmap, coded, or coded as change of `last`, whichever is smallest."""
+def write_mask(mask: Mask | DrawnMask, last: Mask | None) -> tuple[int, bytes]:
+    """Return flags and section of a mask: a bitmap, coded, or coded as change of `last`, whichever is smallest.
+
+    Of one that is drawn, what it is drawn from.
+    """
+    if isinstance(mask, DrawnMask):
+        return MASKED | MASK_DRAWN, _DRAWN.pack(mask.seed, mask.density)
     flat, sizes = flatten_mask(mask), [part.size for part in mask.values()]
     choices = [(MASKED, pack_mask(flat))]
     choices.append((MASKED | MASK_CODED, _coded(flat, sizes)))
@@ -88,6 +95,11 @@ def read_mask(body: Reader, flags: int, like: NamedArrays, last: Mask | None) ->
         If it is damaged.
     """
     total, sizes = num_values(like), [array.size for array in like.values()]
+    if flags & MASK_DRAWN:
+        seed, density = _DRAWN.unpack(body.take(_DRAWN.size))
+        if not 0 < density <= 1:
+            raise WireFormatError(f"the density of a mask: expected above 0 to 1, got {density}.")
+        return DrawnMask(seed, density).mask(like)
     if flags & MASK_DELTA:
         before = None if last is None else flatten_mask(last)
         if before is None or before.size != total or _U32.pack(_checksum(before)) != body.take(_U32.size):

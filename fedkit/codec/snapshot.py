@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fedkit.arrays import NamedArrays, num_values
 from fedkit.codec.frame import HEADER_SIZE, read_header, seal
+from fedkit.codec.sections import MASK_DRAWN
 from fedkit.codec.wire import Codec, decode
 from fedkit.errors import WireFormatError
 
@@ -53,6 +54,8 @@ def decode_snapshot(data: bytes) -> dict[str, NDArray[np.float32]]:
     header = read_header(data)
     if not header.schema_size:
         raise WireFormatError("expected a snapshot, got a frame without names and shapes.")
+    if header.flags & MASK_DRAWN:  # 16 bytes that speak of any number of entries
+        raise WireFormatError("the mask of a snapshot is not drawn.")
     shapes = _read_schema(data[HEADER_SIZE : HEADER_SIZE + header.schema_size], len(data))
     size = sum(math.prod(max(n, 1) for n in shape) for shape in shapes.values())  # numpy minds (0, 2**64), too
     if size < header.count or size > MAX_VALUES_PER_BYTE * len(data):  # before anything of that size is made

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,6 +154,39 @@ def random_mask(like: NamedArrays, density: float, rng: np.random.Generator) -> 
     return mask
 
 
+@dataclass(frozen=True, slots=True)
+class DrawnMask:
+    """A mask that both sides draw: only its seed travels.
+
+    "Random mask" of J. Konečný et al., "Federated Learning: Strategies for Improving Communication Efficiency",
+    2016, https://arxiv.org/abs/1610.05492. Of each matrix it keeps `density`, at least one entry, and all of each
+    vector, as `random_mask`, but the same under every version of numpy: each entry of a matrix has a random word,
+    and those with the smallest are kept.
+    """
+
+    seed: int  # below 2**64
+    density: float
+
+    def __post_init__(self) -> None:
+        _check_density(self.density)
+
+    def mask(self, like: NamedArrays) -> dict[str, NDArray[np.bool_]]:
+        """Return True for the entries that are kept of arrays with these names and shapes."""
+        words, mask = np.random.Philox(key=self.seed), {}
+        for name, array in like.items():
+            flat = np.ones(array.size, np.bool_)
+            if array.ndim >= 2 and array.size:
+                flat[:] = False
+                flat[_smallest(words.random_raw(array.size), kept_of(array.size, self.density))] = True
+            mask[name] = flat.reshape(array.shape)
+        return mask
+
+
+def kept_of(size: int, density: float) -> int:
+    """Return how many entries of a matrix are the share `density`, at least one."""
+    return max(1, math.floor(density * size + 0.5))
+
+
 def prune_and_regrow(
     mask: Mask, magnitude: NamedArrays, growth: NamedArrays, rate: float
 ) -> dict[str, NDArray[np.bool_]]:
@@ -167,8 +201,8 @@ def prune_and_regrow(
         inside, outside = np.flatnonzero(flat), np.flatnonzero(~flat)
         count = min(int(rate * inside.size), outside.size)
         if count:
-            least = np.argsort(np.abs(magnitude[name].ravel()[inside]), kind="stable")[:count]
-            most = np.argsort(-np.abs(growth[name].ravel()[outside]), kind="stable")[:count]
+            least = _smallest(np.abs(magnitude[name].ravel()[inside]), count)
+            most = _smallest(-np.abs(growth[name].ravel()[outside]), count)
             flat[inside[least]], flat[outside[most]] = False, True
         moved[name] = flat.reshape(kept.shape)
     return moved
@@ -176,8 +210,16 @@ def prune_and_regrow(
 
 def _largest(sizes: NDArray[np.floating], density: float) -> NDArray[np.int64]:
     """Return the indices of the share `density` of `sizes` that is largest, at least one if there is any."""
-    count = min(sizes.size, max(1, round(density * sizes.size)))
-    return np.argsort(-sizes, kind="stable")[:count]
+    return _smallest(-sizes, min(sizes.size, max(1, round(density * sizes.size))))
+
+
+def _smallest(values: NDArray[Any], count: int) -> NDArray[np.int64]:
+    """Return the indices of the `count` smallest values, in no order; of equals, the first."""
+    if not count:
+        return np.zeros(0, np.int64)
+    bound = np.partition(values, count - 1)[count - 1]
+    below = np.flatnonzero(values < bound)
+    return np.concatenate([below, np.flatnonzero(values == bound)[: count - below.size]])
 
 
 def _check_density(density: float) -> None:

@@ -22,6 +22,7 @@ from fedkit.codec.frame import HEADER_SIZE, read_header, seal
 from fedkit.codec.protocol import Quantized, Quantizer, join, thinned
 from fedkit.codec.sections import (
     FLOAT32,
+    MASK_DRAWN,
     MASKED,
     PER_ARRAY,
     Reader,
@@ -32,7 +33,7 @@ from fedkit.codec.sections import (
     write_groups,
     write_mask,
 )
-from fedkit.codec.sparsify import Sparsifier, gather, scatter
+from fedkit.codec.sparsify import DrawnMask, Sparsifier, gather, scatter
 from fedkit.errors import SchemaMismatchError, WireFormatError
 
 _HEADS: Final = 24  # bytes of a group of `EntropyConstrained`, and of a small table
@@ -52,7 +53,7 @@ class Codec:
         self,
         update: NamedArrays,
         *,
-        mask: Mask | None = None,
+        mask: Mask | DrawnMask | None = None,
         last_mask: Mask | None = None,
         rng: np.random.Generator | None = None,
     ) -> bytes:
@@ -62,8 +63,8 @@ class Codec:
         ----------
         update : NamedArrays
             Arrays of any shapes.
-        mask : Mask, optional
-            Which entries to send; the sparsifier's choice if unset.
+        mask : Mask or DrawnMask, optional
+            Which entries to send; the sparsifier's choice if unset. Of one that is drawn only the seed is sent.
         last_mask : Mask, optional
             A mask that the receiver has, so that only its change need be sent.
         rng : np.random.Generator, optional
@@ -77,7 +78,7 @@ class Codec:
         check_finite(update)
         if mask is None and self.sparsifier is not None:
             mask = self.sparsifier.mask(update)
-        parts = gather(update, mask)
+        parts = gather(update, mask.mask(update) if isinstance(mask, DrawnMask) else mask)
         flags, section = (0, b"") if mask is None else write_mask(mask, last_mask)
         count = sum(map(len, parts))
         if self.quantizer is None:
@@ -117,14 +118,15 @@ def open_frame(data: bytes, *, like: NamedArrays, last_mask: Mask | None = None)
         )
     body = Reader(memoryview(data)[HEADER_SIZE + header.schema_size :])
     mask = read_mask(body, header.flags, like, last_mask) if header.flags & MASKED else None
+    drawn = bool(header.flags & MASK_DRAWN)
     sizes = [int(m.sum()) for m in mask.values()] if mask else [array.size for array in like.values()]
     if header.count != sum(sizes):
         raise WireFormatError(f"count: expected {sum(sizes)} values, got {header.count}.")
     if header.grid == FLOAT32:
         values = np.frombuffer(body.take(4 * header.count), "<f4").astype(np.float32)
-        frame = Frame(like, mask, sizes, values, [])
+        frame = Frame(like, mask, drawn, sizes, values, [])
     else:
-        frame = Frame(like, mask, sizes, None, read_groups(body, header.grid, header.flags, sizes))
+        frame = Frame(like, mask, drawn, sizes, None, read_groups(body, header.grid, header.flags, sizes))
     body.end()
     return frame
 
@@ -135,6 +137,7 @@ class Frame:
 
     like: NamedArrays
     mask: dict[str, NDArray[np.bool_]] | None  # which entries are carried; None: all
+    drawn: bool  # whether of the mask only a seed travelled
     sizes: Sequence[int]  # values carried of each array
     raw: NDArray[np.float32] | None  # values as they travelled, or
     groups: Sequence[Quantized]  # as levels
@@ -159,8 +162,8 @@ class Frame:
         return scatter(split(flat, self.sizes), self.mask, like=self.like)
 
     def ideal_bits(self) -> float:
-        """Return the order-0 entropy of levels and mask, in bits; a float32 takes 32."""
-        bits = 0.0 if self.mask is None else mask_bits(self.mask)
+        """Return the order-0 entropy of levels and mask, in bits; a float32 takes 32, a drawn mask nothing."""
+        bits = 0.0 if self.mask is None or self.drawn else mask_bits(self.mask)
         levels = sum(order0_bits(quantized.levels) for quantized in self.groups)
         return bits + levels + (0 if self.raw is None else 32 * self.raw.size)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedkit.codec.entropy import decode_levels, encode_levels
-from fedkit.codec.sections import CODED, MASK_CODED, MASK_DELTA, MASKED, PER_ARRAY
+from fedkit.codec.sections import CODED, MASK_CODED, MASK_DELTA, MASK_DRAWN, MASKED, PER_ARRAY
 from fedkit.codec.wire import decode, read_header
 from tests.helpers import ans
 from tests.helpers.golden import CASES, SNAPSHOTS, load, read
@@ -43,7 +43,7 @@ def test_there_is_one_of_every_grid_and_flag():
     assert set(GOLDEN) == {*CASES, *SNAPSHOTS}
     headers = [read_header(frame) for frame, *_ in GOLDEN.values()]
     assert {header.grid for header in headers} == set(range(7))
-    for flag in (PER_ARRAY, MASKED, CODED, MASK_CODED, MASK_DELTA):
+    for flag in (PER_ARRAY, MASKED, CODED, MASK_CODED, MASK_DELTA, MASK_DRAWN):
         assert any(header.flags & flag for header in headers)
 
 

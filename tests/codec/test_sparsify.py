@@ -1,11 +1,16 @@
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedkit.arrays import flatten, flatten_mask
-from fedkit.codec.sections import MASK_CODED, MASK_DELTA, MASKED, Reader, read_mask, write_mask
+from fedkit.codec.frame import HEADER_SIZE, seal
+from fedkit.codec.sections import MASK_CODED, MASK_DELTA, MASK_DRAWN, MASKED, Reader, read_mask, write_mask
+from fedkit.codec.snapshot import decode_snapshot
 from fedkit.codec.sparsify import (
+    DrawnMask,
     Magnitude,
     Nonzero,
     Structured,
@@ -16,8 +21,8 @@ from fedkit.codec.sparsify import (
     random_mask,
     scatter,
 )
-from fedkit.codec.wire import Codec, decode
-from fedkit.errors import ConfigError, SchemaMismatchError
+from fedkit.codec.wire import Codec, decode, open_frame
+from fedkit.errors import ConfigError, SchemaMismatchError, WireFormatError
 
 LIKE = {"w": np.zeros((8, 10), np.float32), "bias": np.zeros(10, np.float32)}
 
@@ -32,6 +37,14 @@ def test_scatter_undoes_gather_on_kept_entries(share, seed):
     arrays, mask = some(seed), random_mask(LIKE, share, np.random.default_rng(seed))
     back = scatter(gather(arrays, mask), mask, like=LIKE)
     assert all(np.array_equal(back[n], arrays[n] * mask[n]) for n in LIKE)
+
+
+@given(share=st.floats(0.01, 1.0), seed=st.integers(0, 99))
+def test_of_equal_values_the_first_are_kept(share, seed):
+    values = np.random.default_rng(seed).integers(-4, 4, 60).astype(np.float32)
+    kept = TopK(share).mask({"w": values})["w"]
+    first = np.argsort(-np.abs(values), kind="stable")[: max(1, round(share * 60))]
+    assert set(np.flatnonzero(kept)) == set(first)
 
 
 @given(share=st.floats(0.0001, 1.0))
@@ -114,7 +127,14 @@ def test_nonzero_loses_nothing():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: TopK(0), lambda: TopK(1.1), lambda: Magnitude(-1), lambda: Structured(0.5, 2)]
+    "make",
+    [
+        lambda: TopK(0),
+        lambda: DrawnMask(0, 0.0),
+        lambda: TopK(1.1),
+        lambda: Magnitude(-1),
+        lambda: Structured(0.5, 2),
+    ],
 )
 def test_impossible_options_are_refused(make):
     with pytest.raises(ConfigError):
@@ -152,6 +172,50 @@ def test_a_mask_that_moved_a_little_travels_as_its_change():
     assert size < 110
     assert on_the_wire(last, last)[1] < 20
     assert on_the_wire(random_mask(BIG, 0.02, np.random.default_rng(9)), last)[0] == MASKED | MASK_CODED
+
+
+def philox(seed, count):
+    """Return `count` words of Philox4x64-10, key (seed, 0), counters 1, 2, …, as its authors wrote it down."""
+    low, words = 2**64 - 1, []
+    for counter in range(1, 1 + -(-count // 4)):
+        x, key = [counter, 0, 0, 0], [seed, 0]
+        for _ in range(10):
+            first, second = x[0] * 0xD2E7470EE14C6C93, x[2] * 0xCA5A826395121157
+            x = [second >> 64 ^ x[1] ^ key[0], second & low, first >> 64 ^ x[3] ^ key[1], first & low]
+            key = [(key[0] + 0x9E3779B97F4A7C15) & low, (key[1] + 0xBB67AE8584CAA73B) & low]
+        words += x
+    return words[:count]
+
+
+@pytest.mark.parametrize(("seed", "share"), [(0, 0.2), (2**64 - 1, 0.013), (7, 1.0), (9, 1e-9)])
+def test_a_drawn_mask_is_what_the_specification_says(seed, share):
+    like = {"a": np.zeros((7, 5)), "bias": np.zeros(9), "none": np.zeros((0, 3)), "b": np.zeros((2, 3, 4))}
+    mask, words = DrawnMask(seed, share).mask(like), philox(seed, 35 + 24)
+    for name, own in {"a": words[:35], "b": words[35:]}.items():
+        count = max(1, int(share * len(own) + 0.5))
+        assert set(np.flatnonzero(mask[name])) == set(sorted(range(len(own)), key=own.__getitem__)[:count])
+    assert mask["bias"].all()
+    assert mask["none"].shape == (0, 3)
+
+
+def test_of_a_drawn_mask_only_the_seed_travels():
+    update = {name: np.ones(a.shape, np.float32) for name, a in BIG.items()}
+    drawn = DrawnMask(3, 0.2)
+    frame = Codec().encode(update, mask=drawn)
+    assert len(frame) == HEADER_SIZE + 16 + 4 * (819 + 64)
+    opened = open_frame(frame, like=update)
+    assert all(np.array_equal(opened.mask[name], part) for name, part in drawn.mask(BIG).items())
+    assert opened.ideal_bits() == 32 * (819 + 64)
+    assert all(np.array_equal(array, opened.mask[name]) for name, array in decode(frame, like=update).items())
+
+
+def test_a_snapshot_has_no_drawn_mask():
+    """Its names and shapes are the sender's: 16 bytes would call for an array of any size."""
+    update = {"w": np.ones((8, 8), np.float32)}
+    frame = Codec().encode(update, mask=DrawnMask(3, 0.2))
+    schema = zlib.compress(b'[["w",[8,8]]]')
+    with pytest.raises(WireFormatError, match="not drawn"):
+        decode_snapshot(seal(0, MASKED | MASK_DRAWN, update, 13, [frame[HEADER_SIZE:]], schema))
 
 
 def test_a_change_of_another_mask_is_refused():

@@ -16,7 +16,7 @@ from fedkit.codec.packing import pack_mask, unpack_mask
 from fedkit.codec.quantize import AquilaMidTread, ZeroMidTread
 from fedkit.codec.rotation import Eden
 from fedkit.codec.snapshot import decode_snapshot, encode_snapshot
-from fedkit.codec.sparsify import Structured
+from fedkit.codec.sparsify import DrawnMask, Structured
 from fedkit.codec.wire import Codec, decode
 
 FILE = Path(__file__).parents[1] / "fixtures" / "wire" / "v1" / "frames.json"
@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
     codec: Codec
     update: dict = SMALL
-    mask: dict | None = None
+    mask: dict | DrawnMask | None = None
     last_mask: dict | None = None
     exact: bool = True  # made alike on every machine, by an encoder that is not tuned any more
 
@@ -94,6 +94,7 @@ CASES = {
     "mask-delta": Case(
         Codec(ZeroMidTread()), WIDE, every(3, WIDE), every(3, WIDE) | {"lora_B": every(2, WIDE)["lora_B"]}
     ),
+    "mask-drawn": Case(Codec(ZeroMidTread()), WIDE, DrawnMask(2**64 - 1, 0.1)),
     "structured": Case(Codec(ZeroMidTread(4, 4), Structured(0.25)), WIDE),
 }
 

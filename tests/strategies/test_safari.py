@@ -57,6 +57,16 @@ class Spy(GridWrapper):
         return replies
 
 
+def masked_fedavg(spy):
+    """Return the model that what arrived comes to: of each entry the mean over those that sent it."""
+    theta = np.zeros(88)
+    for replies in spy.rounds:
+        sent = [(flat(update), flat(mask)) for update, mask in replies.values()]
+        owners = sum(mask.astype(int) for _, mask in sent)
+        theta += np.divide(sum(u for u, _ in sent), owners, out=np.zeros(88), where=owners > 0)
+    return theta
+
+
 @pytest.mark.parametrize(
     ("make", "examples"),
     [(Safari, (1, 5, 9, 20, 3, 7)), (Safari.published, (10,) * NUM)],
@@ -108,12 +118,41 @@ def test_nobody_missing_is_masked_fedavg():
     """Of each entry the mean over those that keep it, from what they sent."""
     spies = []
     ours, _ = run(Safari(density=0.3, **DENSE), clients(), spy=lambda g: spies.append(Spy(g)) or spies[0])
-    theta = np.zeros(88)
-    for replies in spies[0].rounds:
-        sent = [(flat(update), flat(mask)) for update, mask in replies.values()]
-        owners = sum(mask.astype(int) for _, mask in sent)
-        theta += np.divide(sum(u for u, _ in sent), owners, out=np.zeros(88), where=owners > 0)
-    np.testing.assert_allclose(flat(ours), theta, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(flat(ours), masked_fedavg(spies[0]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_masks_that_are_drawn_are_masked_fedavg_and_leave_nothing_behind(lossy):
+    """Of each entry the mean over those that drew it; other entries in each round and of each client; no state."""
+    grid, faults = Spy(InProcessGrid(clients())), Faults(drop=0.3, seed=3) if lossy else None
+    strategy = Safari(density=0.25, masks="drawn", missing="drop", **DENSE)
+    result = strategy.start(RoundGrid(grid, faults=faults), initial(), num_rounds=8)
+    if not lossy:
+        np.testing.assert_allclose(flat(to_arrays(result.arrays)), masked_fedavg(grid), rtol=1e-4, atol=1e-5)
+    masks = [flat(mask) for replies in grid.rounds for _, mask in replies.values()]
+    assert {int(mask.sum()) for mask in masks} == {12 + 10}  # a quarter of 48 and of 40 entries
+    assert len({mask.tobytes() for mask in masks}) == len(masks)
+    states = [context.state for context in grid.inner.contexts.values()]
+    assert not any(b"safari" in str(state).encode() for state in states)
+
+
+def test_masks_that_are_drawn_take_no_bytes():
+    sizes = {}
+    for masks in ("own", "drawn"):
+        grid = RoundGrid(InProcessGrid(clients()))
+        Safari(density=0.25, masks=masks, **DENSE).start(grid, initial(), num_rounds=1)
+        sizes[masks] = grid.ledger.round_totals(1)["uplink-frame-bytes"] / NUM
+    assert sizes["drawn"] == 25 + 16 + 4 * 22
+    assert sizes["own"] == 25 + 11 + 4 * 22  # a bitmap of 88 entries: of large arrays the seed is less
+
+
+@pytest.mark.parametrize("per", ["round", "client"])
+def test_masks_that_are_drawn_are_of_the_rows_that_travel(per):
+    apps = [rows_app(target) for target in targets(NUM)]
+    strategy = Safari(density=0.5, masks="drawn", missing="drop", row_mask=RowMask(2, per=per), **DENSE)
+    params, _ = run(strategy, apps, 16, Faults(drop=0.3))
+    closer = 0.9 if per == "round" else 0.97  # means over fewer clients, which scatter
+    assert np.linalg.norm(flat(params) - optimum(NUM)) < closer * np.linalg.norm(optimum(NUM))
 
 
 @pytest.mark.parametrize("per", ["round", "client"])
@@ -198,6 +237,9 @@ REFUSED = [
     ({"density": 0.0}, "density"),
     ({"density": 1.5}, "density"),
     ({"rewire": 2.0}, "rewire"),
+    ({"masks": "random"}, "masks: expected 'own' or 'drawn', got 'random'"),
+    ({"masks": "drawn", "rewire": 0.05}, "masks='drawn': nobody keeps"),
+    ({"masks": "drawn", "sparse_model": True}, "masks='drawn': nobody keeps"),
     ({"lora": "product", "downlink": None}, "product: not with Safari"),
     ({"sparse_model": True, "row_mask": RowMask(2)}, "sparse_model"),
     ({"row_mask": RowMask(2), "missing": "mifa"}, "missing: 'mifa': not with row_mask"),
