@@ -48,7 +48,8 @@ def build(size: str) -> Any:
         attention_probs_dropout_prob=0.0,
     )
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=["query", "value"], modules_to_save=["classifier"])
-    return get_peft_model(BertForSequenceClassification(config), lora)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # drawn there in no time
+        return get_peft_model(BertForSequenceClassification(config), lora)
 
 
 def profile_of(arm: str) -> Any:

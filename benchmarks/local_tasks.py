@@ -62,28 +62,32 @@ def digits(seed: int) -> Federation:
 
 
 def cifar(seed: int) -> Federation:
-    """Return CIFAR-10's subset, 10,000 images to train with and 2,000 to test; `seed` decides everything else."""
+    """Return CIFAR-10's subset, 10,000 images to train with and 2,000 to test; `seed` decides everything else.
+
+    It is trained by CUDA where there is one.
+    """
     import torch
 
-    x, y, x_test, y_test = images()
-    parts = halves(y.numpy(), np.random.default_rng(seed))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, y, x_test, y_test = (part.to(device) for part in images())
+    parts = halves(y.cpu().numpy(), np.random.default_rng(seed))
 
     def train(params: NamedArrays, client: int, server_round: int) -> Reply:
         order = np.random.default_rng([seed, server_round, client])
-        tensors = {name: torch.tensor(array, requires_grad=True) for name, array in params.items()}
+        tensors = {name: torch.tensor(a, device=device, requires_grad=True) for name, a in params.items()}
         optimizer = torch.optim.SGD(tensors.values(), lr=CIFAR_RATE)
         loss = torch.zeros(())
-        for _ in range(STEPS):
-            chosen = order.choice(parts[client], CIFAR_BATCH, replace=False)
+        batches = np.stack([order.choice(parts[client], CIFAR_BATCH, replace=False) for _ in range(STEPS)])
+        for chosen in torch.from_numpy(batches).to(device):
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(cnn_output(tensors, x[chosen]), y[chosen])
             loss.backward()
             optimizer.step()
-        local = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+        local = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
         return local, {"num-examples": 1.0, "train-loss": float(loss.detach())}
 
     def accuracy(params: NamedArrays) -> float:
-        tensors = {name: torch.from_numpy(array) for name, array in params.items()}
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in params.items()}
         with torch.inference_mode():
             parts_of = [slice(i, i + 500) for i in range(0, len(y_test), 500)]
             right = [(cnn_output(tensors, x_test[at]).argmax(1) == y_test[at]).sum() for at in parts_of]

@@ -125,11 +125,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     arguments = parser(__doc__)
     arguments.add_argument("--turns", type=int, help="instead of 200, or 20 without --full")
+    arguments.add_argument("--device", choices=("cpu", "cuda"), help="instead of all that there are")
     options = arguments.parse_args(argv)
     torch.set_num_threads(1)
     bench = Bench("rm_lora_step", options)
     turns, code = options.turns or (200 if bench.full else 20), sources_digest("clients")
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in [options.device] if options.device else devices:
         for name in MODELS if bench.full else list(MODELS)[:1]:
             found: dict[str, Row] = {}
 

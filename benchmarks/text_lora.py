@@ -56,8 +56,13 @@ def rates(up: float, down: float) -> Callable[..., FedAvg]:
 ARMS = {f"error feedback, {up} bits up, {down} down": rates(up, down) for up, down in [(0.5, 1.0)]}
 
 
-def federation(seed: int) -> Federation:
-    """Return the example's task on SST-2, with a model that is loaded once."""
+def federation(seed: int, **changed: Any) -> Federation:
+    """Return the example's task on SST-2, with a model that is loaded once; by CUDA where there is one.
+
+    `changed` are settings of the example, in kebab-case.
+    """
+    import torch
+
     sys.path.insert(0, str(APP))
     from text_lora import task
     from text_lora.data import load_partition, load_split
@@ -67,8 +72,9 @@ def federation(seed: int) -> Federation:
 
     defaults = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     data = str(Path(os.environ["FEDKIT_DATA_DIR"]).resolve() / "text" / "sst2")
-    config = parse(task.Config, defaults | PLAIN | SETTINGS | {"data": data, "seed": seed})
+    config = parse(task.Config, defaults | PLAIN | SETTINGS | changed | {"data": data, "seed": seed})
     model, (_, dev) = build_model(config), load_split(config)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     parts = [load_partition(config, client) for client in range(config.num_clients)]
 
     def train(params: NamedArrays, client: int, server_round: int) -> Reply:

@@ -27,12 +27,21 @@ class Examples:
         """Return these with larger labels."""
         return Examples(self.inputs, self.labels + by)
 
-    def batch(self, rows: NDArray[np.int64] | slice) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Return some rows as the model takes them."""
+    def batch(
+        self, rows: NDArray[np.int64] | slice, device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return some rows as the model takes them, on its device."""
         import torch
 
-        inputs = {name: torch.from_numpy(array[rows]) for name, array in self.inputs.items()}
-        return inputs, torch.from_numpy(self.labels[rows])
+        inputs = {name: torch.from_numpy(array[rows]).to(device) for name, array in self.inputs.items()}
+        return inputs, torch.from_numpy(self.labels[rows]).to(device)
+
+
+def device() -> str:
+    """Return what models and texts are computed on: CUDA where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def together(parts: Sequence[Examples]) -> Examples:

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedkit.errors import ConfigError
-from multitask.examples import Examples
+from multitask.examples import Examples, device
 
 if TYPE_CHECKING:
     from multitask.task import Config
@@ -146,7 +146,7 @@ def _encoded(
     train, test = _rows(data, name, most)
     rows = test if ids is None else train.select(np.frombuffer(ids, np.int64))
     columns = [key for key in ("text_a", "text_b") if key in rows.column_names] or COLUMNS[name]
-    lower, _ = _halves(model, adapted)
+    lower = _halves(model, adapted)[0].to(device())
     tokenizer = AutoTokenizer.from_pretrained(model or str(files(PACKAGE) / "model"))
     tokens = tokenizer(
         *[list(rows[column]) for column in columns],
@@ -160,7 +160,7 @@ def _encoded(
     with torch.inference_mode():
         for some in lengths.argsort().split(BATCH):  # alike long ones together
             end = int(lengths[some].max())
-            part = lower(**{key: value[some, :end] for key, value in tokens.items()}).last_hidden_state
-            hidden[some.numpy(), :end] = part.half().numpy()
+            chosen = {key: value[some, :end].to(device()) for key, value in tokens.items()}
+            hidden[some.numpy(), :end] = lower(**chosen).last_hidden_state.half().cpu().numpy()
     mask = tokens["attention_mask"].numpy().astype(np.uint8)
     return Examples({"hidden": hidden, "mask": mask}, np.asarray(rows["label"], np.int64))

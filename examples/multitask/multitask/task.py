@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedkit.clients.partition import split
 from fedkit.config import RunConfig, check_keys
 from fedkit.errors import ConfigError
-from multitask.examples import Examples, together
+from multitask.examples import Examples, device, together
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -90,15 +90,13 @@ def build_model(config: Config) -> PeftModel:
         heads = len(names(config)) if config.heads == "per-task" else 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return get_peft_model(
-            of.build_base(config, of.OUTPUTS * heads),
-            LoraConfig(
-                r=config.r * size,
-                lora_alpha=config.lora_alpha * size,
-                target_modules=list(of.TARGETS),
-                modules_to_save=[of.HEAD],
-            ),
+        lora = LoraConfig(
+            r=config.r * size,
+            lora_alpha=config.lora_alpha * size,
+            target_modules=list(of.TARGETS),
+            modules_to_save=[of.HEAD],
         )
+        return get_peft_model(of.build_base(config, of.OUTPUTS * heads), lora).to(device())
 
 
 def partition(
@@ -217,6 +215,6 @@ def accuracy(model: PeftModel, examples: Examples, config: Config) -> float:
 
 def _own_head(model: PeftModel, examples: Examples, rows: NDArray[np.int64], config: Config) -> tuple[Any, Any]:
     """Return the logits of the head that each label belongs to, and the labels within it."""
-    (inputs, labels), outputs = examples.batch(rows), source(config).OUTPUTS
+    (inputs, labels), outputs = examples.batch(rows, next(model.parameters()).device), source(config).OUTPUTS
     heads = model(**inputs).logits.unflatten(-1, (-1, outputs))
     return heads[range(len(labels)), labels // outputs], labels % outputs

@@ -135,11 +135,12 @@ def evaluate(model: PeftModel, rows: Dataset, config: Config) -> dict[str, float
 
     # Texts of one length together, so that there is little padding to compute.
     order = np.argsort([len(text) for text in rows[config.text_column]], kind="stable")
-    language = config.task == "language-modelling"
+    language, device = config.task == "language-modelling", next(model.parameters()).device
     model.eval()
     count, right, loss = 0, 0, 0.0
     with torch.inference_mode():
         for batch in encode(rows, np.split(order, range(BATCH, len(order), BATCH)), config):
+            batch = {name: value.to(device) for name, value in batch.items()}
             output, labels = model(**batch), batch["labels"]
             logits = output.logits[:, :-1] if language else output.logits
             labels = labels[:, 1:] if language else labels
