@@ -13,10 +13,11 @@ But for the texts, 20 clients are in two groups, each of which holds half of the
 (`benchmarks.local_tasks`). Real messages, really serialised; replies are lost as a seeded schedule says
 (`fedkit.faults`), the same for all arms. Conditions: losses that are independent, or come in bursts of 5 rounds on
 average, or hit one group ("biased": it loses 90 % of its replies, the other 10 %). Accuracy is the mean of the
-last 10 rounds, or of the last quarter if that is less. Bits are those of the frames, per parameter and upload,
-where nothing is lost. Each run is one thread, and rows are kept as they come: several processes may share the work,
-with other ``--seeds``, ``--conditions`` or ``--arms`` each, and a folder of its own each; ``cat`` their rows into
-one, and run again to see the table.
+last 10 rounds, or of the last quarter if that is less; bits are those of the frames, per parameter and upload.
+
+Each run is one thread, and rows are kept as they come: several processes may share the work, with other
+``--seeds``, ``--conditions`` or ``--arms`` each, and a folder of its own each; ``cat`` their rows into one,
+and run again to see the table.
 """
 
 from __future__ import annotations
