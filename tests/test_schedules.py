@@ -9,7 +9,7 @@ from fedkit.faults import Event, Faults
 from fedkit.limits import Limits
 from fedkit.memory import ClientMemory, chain
 from fedkit.rounds import RoundGrid
-from fedkit.strategies import Aquila, ErrorFeedback
+from fedkit.strategies import Aquila, ErrorFeedback, Plain
 from tests.helpers.grid import InProcessGrid, VirtualTime
 from tests.helpers.quadratic import client_app, initial, targets
 from tests.helpers.schedules.plan import draw
@@ -74,6 +74,40 @@ def test_what_error_feedback_sent_again_does_not_count_twice(tmp_path):
     totals = [wrapped.ledger.round_totals(k) for k in (1, 2, 3)]
     assert [t["late"] for t in totals] == [0, 1, 1]
     assert [t["rejected"] for t in totals] == [0, 0, 1]
+
+
+def test_who_answers_an_older_message_may_still_answer_the_newest_one():
+    """A node is asked again while its late answer waits for a round, answers late again, and has left by then."""
+
+    class Slow(InProcessGrid):
+        held = ()
+
+        def pull_messages(self, message_ids):
+            replies = super().pull_messages(message_ids)
+            slow = [r for r in replies if r.metadata.src_node_id == 1000 and r.metadata.message_type == "train"]
+            testing = any(r.metadata.message_type == "evaluate" for r in replies)
+            released, self.held = (self.held, ()) if testing else ((), (*self.held, *slow))
+            return [r for r in replies if r not in slow] + list(released)
+
+        def get_node_ids(self):
+            return list(self.apps)[left:]
+
+    left = 0
+
+    def leave(server_round, _):
+        nonlocal left
+        left = int(server_round == 2)
+
+    grid = Slow([client_app([AquilaMod()], target) for target in targets(2)])
+    wrapped = RoundGrid(grid, limits=Limits(quorum=0.5, grace=0.0), clock=VirtualTime())
+    strategy = Plain(min_train_nodes=1, min_available_nodes=1, min_evaluate_nodes=1)
+    strategy.start(wrapped, initial(), num_rounds=3, evaluate_fn=leave)
+    totals = [wrapped.ledger.round_totals(k) for k in (1, 2, 3)]
+    assert [(t["asked"], t["late"], t["rejected"]) for t in totals] == [(2, 1, 0), (2, 1, 0), (1, 0, 0)]
+
+
+def test_a_schedule_that_failed_once_does_not_fail_again():
+    assert not play_all([34395]).failures
 
 
 @pytest.mark.slow

@@ -92,8 +92,7 @@ class Server:
         """Take the replies of a round; return the steps that the model may take, None if it must stay."""
         self.now.round = server_round
         judged = self.judge(replies)
-        asked = self.unanswered | set(self.cohort)
-        self.unanswered = asked - {reply.metadata.src_node_id for reply in replies}
+        self.unanswered |= set(self.cohort)  # until `asks`: who answered an older message may yet answer this
         if len(judged) < self.needed():
             return None
         accepted = []
