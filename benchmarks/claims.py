@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -84,6 +84,54 @@ def times_faster_than_fedavg() -> float:
         rows = {row["arm"]: row for row in measure(30, 3, False)}
     (name,) = [arm for arm in rows if "ErrorFeedback, 1 bit" in arm]
     return float(rows[FEDAVG]["seconds"] / rows[name]["seconds"])
+
+
+@cache
+def rank_of_rm_lora() -> float:
+    """Return RM-LoRA's effective rank as a share of LoRA's, both of r 8, after three epochs on 300 digits."""
+    from benchmarks.mixed_ranks import Task
+
+    task = Task("digits", seed=0, rate=0.005)
+    plain, ranks = replace(task.config(8), local_epochs=3), []
+    images, labels, *_ = task.module.load_split()
+    for config in (plain, replace(plain, active_rank=4, orth_reg_weight=0.1)):
+        model = task.module.build_model(config)
+        metrics = task.module.train(model, images[:300], labels[:300], config, seed=0)
+        ranks.append(metrics["effective-rank"])
+    return float(ranks[1] / ranks[0])
+
+
+@cache
+def accuracy_of_product_changes() -> float:
+    """Return the accuracy of two rounds of ranks 4, 8 and 16, changes of products averaged."""
+    from benchmarks.federate import quiet
+    from benchmarks.mixed_ranks import ARMS, Task, run
+    from fedkit.flower import task_identity
+
+    make, ranks = ARMS["product of updates"]
+    with quiet(), task_identity(run_id=1, node_id=1):
+        return float(run(Task("digits", seed=0, rate=0.01), make, ranks, 2, frozen=False)["accuracy"][-1])
+
+
+@cache
+def share_of_fedavgs_objects() -> float:
+    """Return Flower objects of a reply of 34 arrays, each of which costs a call, as a share of FedAvg's."""
+    from flwr.app import Message, MetricRecord, RecordDict
+
+    from fedkit.flower import deflate, task_identity
+    from fedkit.memory import GENESIS
+    from fedkit.message import Report, frame_record, from_arrays, write_report
+
+    rng = np.random.default_rng(0)  # equal objects would be one
+    arrays = {f"layer{i}": rng.normal(size=(8, 96)).astype(np.float32) for i in range(34)}
+    counts = []
+    with task_identity(run_id=1, node_id=1):
+        for record in (frame_record(Codec(EntropyConstrained(1.0)).encode(arrays)), from_arrays(arrays)):
+            content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 10})})
+            if not counts:
+                write_report(content, Report("0", GENESIS, False, GENESIS, {}))
+            counts.append(len(deflate(Message(content, dst_node_id=1, message_type="train"))[1]))
+    return counts[0] / counts[1]
 
 
 def _error(rate: float) -> float:
