@@ -23,6 +23,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def be_a_node(profile: str, reads: str, rounds: int, steps: int) -> None:
     """Train some rounds in this process, with the example's own ClientApp, and print what they took."""
     sys.path.insert(0, str(APP))
     sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # of the extra `bench`; peft would import it
-    from text_lora import client_app, task
+    from text_lora import client_app
 
     from benchmarks.federate import quiet
     from fedkit.flower import task_identity
@@ -89,8 +90,9 @@ def be_a_node(profile: str, reads: str, rounds: int, steps: int) -> None:
     from fedkit.rounds import RoundGrid
     from tests.helpers.grid import InProcessGrid
 
-    if reads == "lines":
-        task.load_partition = lambda config, client: Lines(data(), client, config.num_clients)
+    if reads == "lines":  # in place of the module that imports `datasets`
+        lines = SimpleNamespace(load_partition=lambda config, client: Lines(data(), client, config.num_clients))
+        sys.modules["text_lora.data"] = lines  # type: ignore[assignment]
     from importlib import import_module
 
     from fedkit.clients.resident import MB, resident_bytes
@@ -153,6 +155,7 @@ def measure_run(profile_name: str, seed: int, rounds: int, steps: int) -> Row:
     sys.path.insert(0, str(APP))
     import torch
     from text_lora import task
+    from text_lora.data import load_partition, load_split
     from text_lora.model import build_model
 
     from benchmarks.federate import Federation, Reply, run
@@ -165,9 +168,9 @@ def measure_run(profile_name: str, seed: int, rounds: int, steps: int) -> Row:
     torch.set_num_threads(1)
     config = parse(task.Config, run_config(seed, **{"local-steps": steps}))
     profile = replace(PROFILES[profile_name], micro_batch=PROFILES["mobile"].micro_batch, memory=None, threads=1)
-    whole, (_, dev) = build_model(config), task.load_split(config)
+    whole, (_, dev) = build_model(config), load_split(config)
     model, seconds = profile.prepare(build_model(config)), []  # type: Any, list[float]
-    parts = [task.load_partition(config, client) for client in range(config.num_clients)]
+    parts = [load_partition(config, client) for client in range(config.num_clients)]
 
     def train(params: NamedArrays, client: int, server_round: int) -> Reply:
         begin = time.process_time()
