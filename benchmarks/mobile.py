@@ -4,9 +4,9 @@
 own, on one thread; its peak of resident memory is what the kernel says when it has ended. Its sentences are lines
 of a file; in one arm they are read through `datasets`, as the example does.
 
-*A federation*: 4 clients, uploads in float32, accuracy of the float32 model with the trained adapter on all 872 dev
-sentences, mean of the last 3 rounds. The arm `cpu` takes 4 examples at once, too, so that dropout draws the same in
-both and nothing but int8 differs.
+*A federation*: 4 clients, uploads in float32, accuracy of the float32 model with the trained adapter on all 872
+dev sentences, mean of the last 3 rounds. The arm `cpu` takes 4 examples at once, too, so that dropout draws the
+same in both and nothing but int8 differs.
 """
 
 from __future__ import annotations
