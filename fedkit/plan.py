@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import fcntl
 import json
+import logging
 import secrets
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -171,6 +172,18 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, S
             yield prefix + key, value
 
 
+@contextmanager
+def flower_silent() -> Iterator[None]:
+    """Let Flower say errors only, as when a strategy is made that nobody will start."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def plan_arms(arguments: argparse.Namespace, defaults: Mapping[str, Scalar], out: Path) -> list[Arm]:
     """Return the arms, strategy by strategy, with checked run configs.
 
@@ -193,7 +206,8 @@ def plan_arms(arguments: argparse.Namespace, defaults: Mapping[str, Scalar], out
     strategies = dict.fromkeys([str(config["strategy"]), *([arguments.compare] if arguments.compare else [])])
     if defaults["strategy"] in STRATEGIES:  # else the app has names of its own
         check_keys(strategies, STRATEGIES, what="strategy")
-        build(dataclasses.replace(checked, run_dir=""))  # its options, before anything is started
+        with flower_silent():
+            build(dataclasses.replace(checked, run_dir=""))  # its options, before anything is started
     seeds = range(int(config["seed"]), int(config["seed"]) + arguments.seeds)
     none = {"strategy-options": ""} if "strategy-options" in config else {}  # those of one are not another's
     # Of another machine it is a folder of ours alone: a run takes up what it finds in it.
