@@ -206,9 +206,7 @@ class UpdateStrategy(Asking, Generic[S]):
         server_round += self.progress.before
         asked, replies = len(self._cohort.sent), list(replies)
         cohort = self.parts.cohort(replace(self._cohort, sent={**self._unanswered, **self._cohort.sent}))
-        self._unanswered = (
-            cohort.sent
-        )  # until the grid is asked: who answered an older message may yet answer this
+        self._unanswered = cohort.sent  # who answered an older message may yet answer this; the grid will know
         inbox = Inbox(self.registry, self.ledger, cohort, self._cohort.sent.keys(), self.weighted_by_key)
         judged = inbox.judge(replies, self.parts.check, self.border.check)
         if len(judged) < self.limits.needed(asked):
