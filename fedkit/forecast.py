@@ -1,26 +1,31 @@
 """What a plan will cost: bytes per round and run, and what a client needs, before anything is trained.
 
 The first rounds are rehearsed (`fedkit.rehearsal`), the later ones are taken to be like those after the first:
-that one brings the initial arrays along. Uploads are counted as if no client skipped its turn: a lazy scheme sends
-less, how much depends on the training. Of what goes wrong, `drop` is rehearsed; `faults` is not.
+that one brings the initial arrays along. Uploads are counted as if no client skipped its turn, unless the clients
+train in the rehearsal: a lazy scheme sends less, how much depends on the training. Which replies will be missing
+the fault schedule says: those that it loses, and those of clients that it lets crash.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 from rich.table import Table
 
+from fedkit.config import RunConfig, Scalar, parse
 from fedkit.errors import LaunchError
+from fedkit.faults import Faults
 from fedkit.files import write_json
 from fedkit.follow import log_tail
 from fedkit.plan import Arm, Plan
@@ -35,7 +40,9 @@ COUNTS: Final = (
     "downlink-frame-bytes",
     "asked",
     "missing",
+    "skips",
 )
+SOME: Final = 200  # clients of which the fault schedule is looked at; of more, they stand for all
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,12 @@ class Forecast:
     values: int  # entries of what a client is sent
     state: float  # what a client keeps from round to round
     peak: float  # what a client needs besides its model and training: what it is sent, what it sends, coding
+    trained: bool = False  # whether clients trained in the rehearsal, so that skips are counted
 
     def save(self, folder: Path) -> None:
         """Write it into an arm's folder, where `fedkit report` finds it; raises StateError."""
         about = {"fedkit": version("fedkit"), "rehearsed": self.rehearsed, "values": self.values}
+        about |= {"trained": self.trained}
         needs = {"state-bytes": self.state, "peak-bytes": self.peak}
         write_json(folder / FORECAST, {**about, **needs, "rounds": self.rounds})
 
@@ -73,30 +82,43 @@ def forecast(plan: Plan, rounds: int, *, train: bool = False) -> dict[str, Forec
 
 
 def _of(arm: Arm, app_dir: Path, rounds: int, train: bool) -> Forecast:
-    wanted = int(arm.config["num-rounds"])
+    wanted, clients = int(arm.config["num-rounds"]), int(arm.config["num-clients"])
     found = _rehearse(app_dir, arm.config, min(rounds, wanted), train)
-    scale = int(arm.config["num-clients"]) / found["clients"]
+    scale, lost = clients / found["clients"], partial(share_lost, schedule_of(arm.config), clients)
     rows = [{**row, **{key: round(scale * row[key]) for key in COUNTS}} for row in found["rounds"]]
     return Forecast(
         strategy=arm.strategy,
-        rounds=prolonged(rows, wanted, drop=float(arm.config.get("drop", 0))),
+        rounds=prolonged(rows, wanted, lost),
         rehearsed=len(rows),
         values=found["values"],
         state=found["state-bytes"],
         peak=found["peak-bytes"],
+        trained=train,
     )
 
 
-def prolonged(rows: Sequence[Row], num_rounds: int, *, drop: float = 0.0) -> list[Row]:
+def schedule_of(config: Mapping[str, Scalar]) -> Faults:
+    """Return what a run config lets go wrong, of the keys that it has."""
+    keys = {field.name.replace("_", "-") for field in dataclasses.fields(RunConfig)}
+    return parse(RunConfig, {key: value for key, value in config.items() if key in keys}).schedule()
+
+
+def share_lost(faults: Faults, clients: int, server_round: int) -> float:
+    """Return the share of the clients whose reply of a round will be missing; they are called by their number."""
+    names = [str(i) for i in range(min(clients, SOME))]
+    gone = [faults.loses(server_round, n) or faults.client_crashes(server_round, n) for n in names]
+    return sum(gone) / len(gone)
+
+
+def prolonged(rows: Sequence[Row], num_rounds: int, lost: Callable[[int], float]) -> list[Row]:
     """Return rows for all rounds; those that are lacking are the mean of those after the first, or like that.
 
-    `drop` is the probability that a reply is lost; where it is 0, as many are missing as were.
+    `lost` returns the share of a round's replies that will be missing.
     """
     typical = rows[1:] or rows
     mean = {key: round(statistics.fmean(row[key] for row in typical)) for key in COUNTS}
-    if drop:
-        mean["missing"] = round(drop * mean["asked"])
-    return [*rows, *({"round": k, **mean} for k in range(len(rows) + 1, num_rounds + 1))]
+    whole = [*rows, *({"round": k, **mean} for k in range(len(rows) + 1, num_rounds + 1))]
+    return [{**row, "missing": round(lost(row["round"]) * row["asked"])} for row in whole]
 
 
 def _rehearse(app_dir: Path, config: Mapping[str, Any], rounds: int, train: bool) -> dict[str, Any]:
@@ -139,9 +161,13 @@ def remarks(forecasts: Mapping[str, Forecast]) -> list[str]:
     """Return what a forecast says besides bytes, a line each."""
     lines = []
     for name, each in forecasts.items():
-        missing, asked = total(each.rounds, "missing"), total(each.rounds, "asked")
+        missing, skips, asked = (total(each.rounds, key) for key in ("missing", "skips", "asked"))
         keeps, needs = format_bytes(each.state), format_bytes(each.peak)
-        lines.append(f"{name}: {missing} of {asked} replies missing; a client keeps {keeps} between rounds,")
+        skipped = f", {skips} turns skipped" if each.trained else ""
+        lines.append(
+            f"{name}: {missing} of {asked} replies missing{skipped}; a client keeps {keeps} between rounds,"
+        )
         lines.append(f"  and needs {needs} at once, besides its model and training.")
     rehearsed = max(each.rehearsed for each in forecasts.values())
-    return [*lines, f"{rehearsed} rounds were rehearsed. Clients that skip a round send less."]
+    less = "" if all(each.trained for each in forecasts.values()) else " Clients that skip send less: see --train."
+    return [*lines, f"{rehearsed} rounds were rehearsed.{less}"]

@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_run_options(command, "APP", "as in `fedkit run`, or the folder of a run")
     command.add_argument("--rehearse", type=int, default=3, metavar="N", help="rounds to play; default: 3")
     command.add_argument(
-        "--train", action="store_true", help="let the clients train in them, which takes its time"
+        "--train",
+        action="store_true",
+        help="let the clients train in them, which takes its time, and count who skips",
     )
     command = commands.add_parser("report", help="write a page about runs, of any state, side by side")
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or of one arm")

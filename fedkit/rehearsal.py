@@ -154,26 +154,33 @@ def rehearse(
         context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config))
         with suppress(EnoughError):
             server(grid, context)
-    missing = {row["round"]: row.get("missing", 0) for row in read_rounds(folder / "server" / "rounds.jsonl")}
+    said = {row["round"]: row for row in read_rounds(folder / "server" / "rounds.jsonl")}
     return {
         "clients": clients,
         "values": grid.values,
         "state-bytes": max(len(context_to_bytes(node)) for node in grid.contexts.values()) - empty,
         "peak-bytes": grid.peak,
         "rounds": [
-            {**_counted(grid.ledger, k), "missing": missing.get(k, 0)} for k in sorted(grid.ledger.entries) if k
+            {**_counted(grid.ledger, k, train), **_fates(said.get(k, {}), train)}
+            for k in sorted(grid.ledger.entries)
+            if k
         ],
     }
 
 
-def _counted(ledger: Ledger, server_round: int) -> dict[str, Any]:
-    """Return the bytes of a round; uploads as if no client skipped its turn."""
+def _fates(row: Mapping[str, Any], train: bool) -> dict[str, int]:
+    """Return how many replies of a round were missing, and how many clients skipped; none, if none trains."""
+    return {"missing": row.get("missing", 0), "skips": row.get("skips", 0) if train else 0}
+
+
+def _counted(ledger: Ledger, server_round: int, train: bool) -> dict[str, Any]:
+    """Return the bytes of a round; if no client trains, of uploads as if none skipped its turn."""
     totals: dict[str, Any] = {"round": server_round}
     entries = ledger.entries[server_round]
     for direction in ("uplink", "downlink"):
         those = [e for e in entries if e.direction == direction]
-        sent = [e for e in those if e.frame_bytes or e.kind != MessageType.TRAIN]
-        times = len(those) / max(1, len(sent))
+        sent = [e for e in those if train or e.frame_bytes or e.kind != MessageType.TRAIN]
+        times = 1 if train else len(those) / max(1, len(sent))
         totals[f"{direction}-bytes"] = round(times * sum(e.object_bytes for e in sent))
         totals[f"{direction}-frame-bytes"] = round(times * sum(e.frame_bytes for e in sent))
     totals["asked"] = sum(e.direction == "downlink" and e.kind == MessageType.TRAIN for e in entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from flwr.app import Context, RecordDict
 
 from fedkit import cli, rehearsal
 from fedkit.config import Scalar
-from fedkit.forecast import COUNTS, Forecast, prolonged
+from fedkit.forecast import COUNTS, Forecast, prolonged, schedule_of, share_lost
 from fedkit.in_process import InProcessGrid
 from fedkit.plan import Plan, read_app
 from fedkit.rehearsal import rehearse
@@ -60,14 +61,14 @@ MORE = [pytest.param(*case, marks=pytest.mark.slow) for case in (("aquila", 0.0)
 def test_a_forecast_is_what_a_run_sends_within_the_tolerance(tmp_path: Path, strategy: str, drop: float) -> None:
     config = config_of(strategy, drop=drop)
     found = rehearse(TINY_APP, config, 3, tmp_path / "rehearsal")
-    rows = prolonged(found["rounds"], 5, drop=drop)
+    rows = prolonged(found["rounds"], 5, partial(share_lost, schedule_of(config), 4))
     done = run(config, tmp_path / "run")
     assert len(rows) == len(done) == 5
     assert total(rows, "asked") == total(done, "asked")
     for key in ("uplink-bytes", "downlink-bytes"):
         assert total(rows, key) == pytest.approx(total(done, key), rel=TOLERANCE)
     if strategy != "fedavg":  # whose clients have other ids each time, and so another schedule of losses
-        assert total(rows[:3], "missing") == total(done[:3], "missing")
+        assert total(rows, "missing") == total(done, "missing")
     assert (found["clients"], found["values"]) == (4, 64)
     assert found["peak-bytes"] > 4 * 64
     assert (found["state-bytes"] > 0) == (strategy != "fedavg")
@@ -83,10 +84,32 @@ def test_of_more_clients_than_take_part_each_stands_for_several(
 
 def test_what_is_not_rehearsed_is_like_the_rounds_after_the_first() -> None:
     rows = [{"round": k, **dict.fromkeys(COUNTS, value)} for k, value in ((1, 900), (2, 100), (3, 110))]
-    later = prolonged(rows, 5, drop=0.5)[3:]
+    later = prolonged(rows, 5, lambda _: 0.5)[3:]
     assert [row["round"] for row in later] == [4, 5]
     assert [(row["uplink-bytes"], row["missing"]) for row in later] == [(105, 52)] * 2
-    assert prolonged(rows[:1], 2)[1] == rows[0] | {"round": 2}
+    assert prolonged(rows[:1], 2, lambda _: 0.0)[1] == rows[0] | {"round": 2, "missing": 0}
+
+
+def test_what_a_fault_schedule_loses_is_foreseen(tmp_path: Path) -> None:
+    """Losses of a group, in bursts, and of single replies: as many replies are missing as then are."""
+    bursts, events = {"begin": 0.2, "end": 0.4}, [{"round": 2, "client": "0", "lost": True}]
+    faults = json.dumps({"seed": 5, "groups": {"[23]": 0.5}, "bursts": bursts, "events": events})
+    config = config_of("aquila", faults=faults, **{"num-rounds": 8})
+    done = run(config, tmp_path / "run")
+    lost = [round(4 * share_lost(schedule_of(config), 4, k)) for k in range(1, 9)]
+    assert sum(lost) > 5
+    assert [row["missing"] for row in done] == lost
+
+
+def test_who_skips_is_counted_if_clients_train(tmp_path: Path) -> None:
+    config = config_of("aquila", **{"strategy-options": "beta=50.0"})
+    found = rehearse(TINY_APP, config, 5, tmp_path / "rehearsal", train=True)
+    done = run(config, tmp_path / "run")
+    assert [row["skips"] for row in found["rounds"]] == [row["skips"] for row in done]
+    assert total(found["rounds"], "skips") > 0
+    assert total(found["rounds"], "uplink-bytes") == pytest.approx(total(done, "uplink-bytes"), rel=TOLERANCE)
+    still = rehearse(TINY_APP, config, 5, tmp_path / "still")
+    assert total(still["rounds"], "skips") == 0
 
 
 def test_a_plan_is_kept_can_be_carried_out_and_is_shown_beside_what_was_measured(

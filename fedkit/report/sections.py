@@ -121,11 +121,12 @@ def forecasts(series: Sequence[Series]) -> Markup | None:
         for arm in one.arms:
             known = {row["round"]: row for row in arm.forecast.get("rounds", ())}
             done = [row for row in arm.rows if row["round"] and row["round"] in known]
-            for key in ("uplink-bytes", "downlink-bytes", "missing") if done else ():
+            skips = ["skips"] if arm.forecast.get("trained") else []  # else nothing was said of them
+            for key in ("uplink-bytes", "downlink-bytes", "missing", *skips) if done else ():
                 told, found = total([known[row["round"]] for row in done], key), total(done, key)
                 ratio = times_less(told, found)
                 percent = f"{100 * (ratio - 1):+.1f} %".replace("-0.0", "+0.0") if ratio else DASH
-                written, off = (str, f"{told - found:+d}") if key == "missing" else (format_bytes, percent)
+                written, off = (format_bytes, percent) if key.endswith("bytes") else (str, f"{told - found:+d}")
                 name = joined([swatch(one.number), f"{arm.title}, {key.removesuffix('-bytes')}"])
                 rows.append([name, written(told), written(found), off])
     heads = ["", "predicted", "measured", "off by"]
