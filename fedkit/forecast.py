@@ -8,7 +8,6 @@ the fault schedule says: those that it loses, and those of clients that it lets 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 import subprocess
@@ -23,12 +22,11 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from fedkit.config import RunConfig, Scalar, parse
 from fedkit.errors import LaunchError
 from fedkit.faults import Faults
 from fedkit.files import write_json
 from fedkit.follow import log_tail
-from fedkit.plan import Arm, Plan
+from fedkit.plan import Arm, Plan, common
 from fedkit.report import Row
 from fedkit.report.figures import format_bytes, format_times, times_less, total
 from fedkit.report.reading import FORECAST
@@ -39,7 +37,6 @@ COUNTS: Final = (
     "downlink-bytes",
     "downlink-frame-bytes",
     "asked",
-    "missing",
     "skips",
 )
 SOME: Final = 200  # clients of which the fault schedule is looked at; of more, they stand for all
@@ -84,7 +81,7 @@ def forecast(plan: Plan, rounds: int, *, train: bool = False) -> dict[str, Forec
 def _of(arm: Arm, app_dir: Path, rounds: int, train: bool) -> Forecast:
     wanted, clients = int(arm.config["num-rounds"]), int(arm.config["num-clients"])
     found = _rehearse(app_dir, arm.config, min(rounds, wanted), train)
-    scale, lost = clients / found["clients"], partial(share_lost, schedule_of(arm.config), clients)
+    scale, lost = clients / found["clients"], partial(share_lost, common(arm.config).schedule(), clients)
     rows = [{**row, **{key: round(scale * row[key]) for key in COUNTS}} for row in found["rounds"]]
     return Forecast(
         strategy=arm.strategy,
@@ -95,12 +92,6 @@ def _of(arm: Arm, app_dir: Path, rounds: int, train: bool) -> Forecast:
         peak=found["peak-bytes"],
         trained=train,
     )
-
-
-def schedule_of(config: Mapping[str, Scalar]) -> Faults:
-    """Return what a run config lets go wrong, of the keys that it has."""
-    keys = {field.name.replace("_", "-") for field in dataclasses.fields(RunConfig)}
-    return parse(RunConfig, {key: value for key, value in config.items() if key in keys}).schedule()
 
 
 def share_lost(faults: Faults, clients: int, server_round: int) -> float:

@@ -172,6 +172,12 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, S
             yield prefix + key, value
 
 
+def common(config: Mapping[str, Scalar]) -> RunConfig:
+    """Return what of a run config is fedkit's, checked; raises ConfigError."""
+    keys = {field.name.replace("_", "-") for field in dataclasses.fields(RunConfig)}
+    return parse(RunConfig, {key: value for key, value in config.items() if key in keys})
+
+
 @contextmanager
 def flower_silent() -> Iterator[None]:
     """Let Flower say errors only, as when a strategy is made that nobody will start."""
@@ -201,8 +207,7 @@ def plan_arms(arguments: argparse.Namespace, defaults: Mapping[str, Scalar], out
     if arguments.seeds < 1:
         raise ConfigError(f"--seeds: expected at least 1, got {arguments.seeds}.")
     config = {**defaults, **given}
-    common = {field.name.replace("_", "-") for field in dataclasses.fields(RunConfig)}
-    checked = parse(RunConfig, {key: value for key, value in config.items() if key in common})
+    checked = common(config)
     strategies = dict.fromkeys([str(config["strategy"]), *([arguments.compare] if arguments.compare else [])])
     if defaults["strategy"] in STRATEGIES:  # else the app has names of its own
         check_keys(strategies, STRATEGIES, what="strategy")

@@ -154,23 +154,18 @@ def rehearse(
         context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config))
         with suppress(EnoughError):
             server(grid, context)
-    said = {row["round"]: row for row in read_rounds(folder / "server" / "rounds.jsonl")}
+    skips = {row["round"]: row.get("skips", 0) for row in read_rounds(folder / "server" / "rounds.jsonl")}
     return {
         "clients": clients,
         "values": grid.values,
         "state-bytes": max(len(context_to_bytes(node)) for node in grid.contexts.values()) - empty,
         "peak-bytes": grid.peak,
         "rounds": [
-            {**_counted(grid.ledger, k, train), **_fates(said.get(k, {}), train)}
+            {**_counted(grid.ledger, k, train), "skips": skips.get(k, 0) if train else 0}
             for k in sorted(grid.ledger.entries)
             if k
         ],
     }
-
-
-def _fates(row: Mapping[str, Any], train: bool) -> dict[str, int]:
-    """Return how many replies of a round were missing, and how many clients skipped; none, if none trains."""
-    return {"missing": row.get("missing", 0), "skips": row.get("skips", 0) if train else 0}
 
 
 def _counted(ledger: Ledger, server_round: int, train: bool) -> dict[str, Any]:

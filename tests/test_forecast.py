@@ -13,9 +13,9 @@ from flwr.app import Context, RecordDict
 
 from fedkit import cli, rehearsal
 from fedkit.config import Scalar
-from fedkit.forecast import COUNTS, Forecast, prolonged, schedule_of, share_lost
+from fedkit.forecast import COUNTS, Forecast, prolonged, share_lost
 from fedkit.in_process import InProcessGrid
-from fedkit.plan import Plan, read_app
+from fedkit.plan import Plan, common, read_app
 from fedkit.rehearsal import rehearse
 from fedkit.report import read_rounds
 from fedkit.report.figures import total
@@ -61,7 +61,7 @@ MORE = [pytest.param(*case, marks=pytest.mark.slow) for case in (("aquila", 0.0)
 def test_a_forecast_is_what_a_run_sends_within_the_tolerance(tmp_path: Path, strategy: str, drop: float) -> None:
     config = config_of(strategy, drop=drop)
     found = rehearse(TINY_APP, config, 3, tmp_path / "rehearsal")
-    rows = prolonged(found["rounds"], 5, partial(share_lost, schedule_of(config), 4))
+    rows = prolonged(found["rounds"], 5, partial(share_lost, common(config).schedule(), 4))
     done = run(config, tmp_path / "run")
     assert len(rows) == len(done) == 5
     assert total(rows, "asked") == total(done, "asked")
@@ -96,7 +96,7 @@ def test_what_a_fault_schedule_loses_is_foreseen(tmp_path: Path) -> None:
     faults = json.dumps({"seed": 5, "groups": {"[23]": 0.5}, "bursts": bursts, "events": events})
     config = config_of("aquila", faults=faults, **{"num-rounds": 8})
     done = run(config, tmp_path / "run")
-    lost = [round(4 * share_lost(schedule_of(config), 4, k)) for k in range(1, 9)]
+    lost = [round(4 * share_lost(common(config).schedule(), 4, k)) for k in range(1, 9)]
     assert sum(lost) > 5
     assert [row["missing"] for row in done] == lost
 

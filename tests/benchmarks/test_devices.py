@@ -43,4 +43,4 @@ def test_a_mobile_node_stays_within_its_budget(tmp_path):
 @pytest.mark.parametrize("profile", ["cpu", "mobile"])
 def test_a_federation_of_a_profile_trains(profile):
     pytest.importorskip("torchao", reason="the extra `mobile` is not installed")
-    assert mobile.measure_run(profile, seed=0, rounds=1, steps=1)["accuracy"] > 0.45
+    assert mobile.measure_run(profile, seed=0, rounds=3, steps=8)["accuracy"] > 0.55  # half of them are positive
