@@ -15,13 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import Bench, Row, parser, sources_digest
+from benchmarks.machine import status_bytes
 from fedkit.aggregation.cluster import Clustered
 from fedkit.aggregation.identities import adjusted_rand_index
 from fedkit.aggregation.mean import Mean
@@ -130,21 +130,12 @@ def apart(way: str, count: int, *options: int) -> Row:
     command = [sys.executable, "-m", "benchmarks.clusters", "--work", json.dumps([way, count, *options])]
     process, peak = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), 0
     while process.poll() is None:
-        peak = max(peak, resident(process.pid))
+        peak = max(peak, status_bytes("VmHWM", process.pid))
         time.sleep(0.05)
     text = process.stdout.read() if process.stdout else ""
     if process.returncode:
         raise RuntimeError(f"{way}: the process ended with {process.returncode}.")
     return {**json.loads(text), "peak": peak / 1e6}
-
-
-def resident(pid: int) -> int:
-    """Return the high-water mark of a process's resident memory, in bytes; 0 if it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -77,9 +77,9 @@ def _measure(run: Callable[[], object], sender: Connection) -> None:
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")  # forgets the high-water mark
-        before = _status("VmRSS")
+        before = status_bytes("VmRSS")
         result = run()
-        sender.send(max(_status("VmHWM") - before, 0))
+        sender.send(max(status_bytes("VmHWM") - before, 0))
     else:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         result = run()
@@ -94,9 +94,16 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+def status_bytes(key: str, pid: int | str = "self") -> int:
+    """Return what Linux says of a process's memory: `VmRSS`, resident now; `VmHWM`, at most; 0 if it has ended.
+
+    Unlike what `getrusage` calls the peak, it leaves out what the process that started this one held.
+    """
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * next((int(line.split()[1]) for line in lines if line.startswith(key + ":")), 0)
 
 
 def _cpu() -> str:

@@ -1,7 +1,7 @@
 """The profile `mobile` beside `cpu`, MiniLM LoRA on SST-2: ``python -m benchmarks.mobile [--full]``.
 
 *A node*: the ClientApp of ``examples/text_lora`` trains its rounds (8 steps of 16 sentences) in a process of its
-own, on one thread; its peak of resident memory is what the kernel says when it has ended. Its sentences are lines
+own, on one thread; its peak of resident memory is what the kernel says at its end (Linux). Its sentences are lines
 of a file; in one arm they are read through `datasets`, as the example does.
 
 *A federation*: 4 clients, uploads in float32, accuracy of the float32 model with the trained adapter on all 872
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Bench, Row, parser, sources_digest
+from benchmarks.machine import status_bytes
 
 APP = Path(__file__).parents[1] / "examples" / "text_lora"
 SETTINGS: dict[str, Any] = {"learning-rate": 1.5e-3, "local-steps": 8, "text-column": "text_a", "num-clients": 4}
@@ -115,27 +116,22 @@ def be_a_node(profile: str, reads: str, rounds: int, steps: int) -> None:
     totals = [wrapped.ledger.round_totals(k + 1) for k in range(rounds)]
     found |= {"seconds": (time.perf_counter() - begin) / rounds, "replies": sum(t["replies"] for t in totals)}
     found |= {"up": totals[-1]["uplink-bytes"] / 1e3, "down": totals[-1]["downlink-bytes"] / 1e3}
-    print(json.dumps(found))
+    print(json.dumps({"peak": status_bytes("VmHWM") / MB} | found))
 
 
 def measure_node(profile: str, reads: str, rounds: int, steps: int, adapter: Path) -> Row:
-    """Return what a node in a process of its own takes, seen from outside."""
+    """Return what a node in a process of its own takes."""
     save_adapter(adapter)
     command = [sys.executable, "-m", "benchmarks.mobile", "--node", profile, reads, str(rounds), str(steps)]
     settings = {"FEDKIT_ADAPTER": str(adapter), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(
+    process = subprocess.run(
         command, env=os.environ | settings, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise RuntimeError(f"the node {profile!r} ended with {process.returncode}: {said}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = json.loads(said.splitlines()[-1])
+        raise RuntimeError(f"the node {profile!r} ended with {process.returncode}: {process.stdout}")
+    found = json.loads(process.stdout.splitlines()[-1])
     error = None if found.pop("replies") == rounds else "did not answer every round"
-    return {"peak": usage.ru_maxrss * unit / 1e6, **found, "error": error}
+    return {**found, "error": error}
 
 
 def save_adapter(path: Path) -> None:

@@ -50,14 +50,18 @@ def processes_with(setting: str) -> Iterator[int]:
 
 
 def end_processes(setting: str) -> None:
-    """End all `processes_with(setting)`: at first politely, after `STOP_SECONDS` forcibly."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for pid in processes_with(setting):
+    """End all `processes_with(setting)`: at first politely, after `STOP_SECONDS` forcibly.
+
+    One that is just being started is not seen, so nothing is over before two looks in a row have found none.
+    """
+    begin, asked, clear = time.monotonic(), set[int](), 0
+    while clear < 2 and (elapsed := time.monotonic() - begin) < 2 * STOP_SECONDS:
+        forcibly, pids = elapsed >= STOP_SECONDS, set(processes_with(setting))
+        for pid in pids if forcibly else pids - asked:  # politely once
             with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        deadline = time.monotonic() + STOP_SECONDS
-        while any(processes_with(setting)) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+                os.kill(pid, signal.SIGKILL if forcibly else signal.SIGTERM)
+        asked, clear = asked | pids, 0 if pids else clear + 1
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager

@@ -59,6 +59,14 @@ def test_what_ignores_politeness_is_killed_in_bounded_time(mark: str, monkeypatc
     assert time.monotonic() - began < 2
 
 
+def test_one_that_is_just_being_started_is_ended_too(mark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = start(mark)
+    looks = iter([[], [child.pid], [], []])
+    monkeypatch.setattr(processes, "processes_with", lambda setting: next(looks))
+    processes.end_processes(mark)
+    assert child.wait(1) == -signal.SIGTERM
+
+
 def test_an_impatient_ctrl_c_does_not_interrupt_the_cleaning_up() -> None:
     before = signal.getsignal(signal.SIGINT)  # ignored already where a shell started this in the background
     with processes.deaf_to_signals():

@@ -12,13 +12,6 @@ def test_an_arm_finds_the_tasks(way):
     assert row["cpu"] > 0
 
 
-def test_memory_is_read_from_outside():
-    import os
-
-    assert clusters.resident(os.getpid()) > 10e6
-    assert clusters.resident(2**22 + 1) == 0, "no such process"
-
-
 def test_a_run_comes_to_the_means_of_its_last_rounds_and_the_clustering_of_its_second_half():
     rows = [
         {"round": 0, "uplink-frame-bytes": 0},

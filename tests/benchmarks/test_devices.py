@@ -1,4 +1,4 @@
-"""Unlike devices train one model, each at its rank; and a node's memory is measured from outside."""
+"""Unlike devices train one model, each at its rank; and a node's memory is its own, not that of who started it."""
 
 import json
 import os

@@ -1,13 +1,16 @@
 """The harness: what was measured is not measured again; what is not installed is a row."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
 from benchmarks.harness import MISSING, Bench, NotInstalledError, parser
-from benchmarks.machine import commit, machine, peak_rise, side_by_side
+from benchmarks.machine import commit, machine, peak_rise, side_by_side, status_bytes
 from benchmarks.peers.base import require
 
 
@@ -79,3 +82,12 @@ def test_the_rise_of_peak_memory_is_that_of_the_run():
 
 def test_the_machine_is_named():
     assert {"cpu", "cores", "python", "numpy"} <= set(machine())
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="not Linux")
+def test_the_peak_of_a_process_is_not_that_of_who_started_it():
+    mine = b"x" * 200_000_000
+    child = [sys.executable, "-c", "from benchmarks.machine import status_bytes; print(status_bytes('VmHWM'))"]
+    peak = int(subprocess.run(child, capture_output=True, text=True, check=True).stdout)
+    assert 5e6 < peak < len(mine) < status_bytes("VmHWM")
+    assert status_bytes("VmRSS", 2**22 + 1) == 0, "no such process"
