@@ -1,10 +1,14 @@
 """One federation of unlike devices: ``python -m benchmarks.devices [--full]``.
 
-Four nodes with the quickstart's own ClientApp: one with a GPU (where there is none, another `cpu`) at LoRA rank
-16, one `cpu` at rank 8, two `mobile` at rank 4, each as the strategy's `Terms` for its profile say; the server's
+Four nodes with an example's own ClientApp: one with a GPU (where there is none, another `cpu`) at LoRA rank 16,
+one `cpu` at rank 8, two `mobile` at rank 4, each as the strategy's `Terms` for its profile say; the server's
 adapter has rank 16, and averages changes of products. Beside it the same nodes, all at rank 4, factors averaged;
-and all at rank 4, changes of products averaged, so that what is better is the ranks and not the averaging. Digits
-with label skew, float32 up and down, plain LoRA of α = 2r.
+and all at rank 4, changes of products averaged, so that what is better is the ranks and not the averaging. Float32
+up and down, plain LoRA of α = 2r.
+
+*language*: ``examples/text_lora`` models the sentences of two manuals, byte by byte. Its base is made from
+scratch, so that the factors have much to learn, and a rank of 4 is little. *digits*: the quickstart, with label
+skew; its base is trained on such images, and rank 4 has room for what is left.
 """
 
 from __future__ import annotations
@@ -12,12 +16,15 @@ from __future__ import annotations
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from flwr.app import ArrayRecord, MetricRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 
 from benchmarks.federate import quiet
@@ -29,14 +36,33 @@ from fedkit.rounds import RoundGrid
 from fedkit.strategies import Plain, Terms
 from fedkit.submodels import lora_rank
 
-APP = Path(__file__).parents[1] / "examples" / "quickstart"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 WINDOW = 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a federation learns."""
+
+    app: str
+    config: Mapping[str, Any]
+    rounds: int
+    rates: tuple[float, ...]  # the learning rates that an arm chooses from
+
+
+LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+LANGUAGE = {"task": "language-modelling", "target-modules": LINEAR, "local-steps": 16, "max-tokens": 96}
+TASKS = {
+    "language": Task("text_lora", LANGUAGE, rounds=10, rates=(0.003, 0.006)),
+    "digits": Task("quickstart", {}, rounds=8, rates=(0.005, 0.01)),
+}
 COLUMNS = {
     "arm": "arm",
     "rate": "learning rate",
     "shown": "accuracy, last 3 rounds, by seed",
     "final": "mean",
     "spread": "± over seeds",
+    "loss": "loss",
 }
 
 
@@ -67,32 +93,52 @@ def nodes() -> list[dict[str, Any]]:
     return [first, {"profile": "cpu"}, mobile, mobile]
 
 
-def run(make: Callable[..., FedAvg], r: int, seed: int, rate: float, num_rounds: int) -> Row:
-    """Return the accuracy of every round."""
-    sys.path.insert(0, str(APP))
-    from quickstart import client_app, task
+def defaults(task: Task) -> dict[str, Any]:
+    """Return the run config that a task begins with."""
+    text = (EXAMPLES / task.app / "pyproject.toml").read_text()
+    return {**tomllib.loads(text)["tool"]["flwr"]["app"]["config"], **task.config}
 
+
+def load(task: Task, config: Mapping[str, Any]) -> tuple[ClientApp, Any, Callable[[Any], Mapping[str, float]]]:
+    """Return the example's ClientApp, the server's model, and what returns a model's accuracy and loss."""
+    sys.path.insert(0, str(EXAMPLES / task.app))
+    if task.app == "quickstart":
+        from quickstart import client_app
+        from quickstart import task as digits
+
+        *_, images, labels = digits.load_split()
+        model = digits.build_model(parse(digits.Config, config))
+        return client_app.app, model, lambda whole: digits.evaluate(whole, images, labels)
+    from text_lora import client_app as text_app
+    from text_lora import task as text
+    from text_lora.data import load_split
+    from text_lora.model import build_model
+
+    typed = parse(text.Config, config)
+    _, dev = load_split(typed)
+    return text_app.app, build_model(typed), lambda whole: text.evaluate(whole, dev, typed)
+
+
+def run(task: Task, make: Callable[..., FedAvg], r: int, seed: int, rate: float, num_rounds: int) -> Row:
+    """Return the accuracy and the loss of every round."""
     from fedkit.clients.adapters import get_adapter, set_adapter
     from tests.helpers.grid import InProcessGrid
 
-    defaults: Mapping[str, Any] = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"][
-        "config"
-    ]
-    mine, accuracy = nodes(), []  # type: list[dict[str, Any]], list[float]
-    found = {**defaults, **settings(r), "num-clients": len(mine), "seed": seed, "learning-rate": rate}
-    found["orth-reg-weight"] = 0.0
-    whole, (_, _, images, labels) = task.build_model(parse(task.Config, found)), task.load_split()
+    mine, rounds = nodes(), []  # type: list[dict[str, Any]], list[Mapping[str, float]]
+    config = {**defaults(task), **settings(r), "num-clients": len(mine), "seed": seed, "learning-rate": rate}
+    config["orth-reg-weight"] = 0.0
+    app, whole, test = load(task, config)
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         if server_round:
             set_adapter(whole, to_arrays(arrays))
-            accuracy.append(task.evaluate(whole, images, labels)["accuracy"])
+            rounds.append(test(whole))
         return MetricRecord()
 
-    grid = InProcessGrid([client_app.app] * len(mine))
-    for context, config in zip(grid.contexts.values(), mine, strict=True):
-        context.node_config.update(config if "submodels" in getattr(make, "keywords", {}) else without(config))
-        context.run_config = dict(found)
+    grid = InProcessGrid([app] * len(mine))
+    for context, node in zip(grid.contexts.values(), mine, strict=True):
+        context.node_config.update(node if "submodels" in getattr(make, "keywords", {}) else without(node))
+        context.run_config = dict(config)
     options = {"fraction_evaluate": 0.0, "min_train_nodes": len(mine), "min_available_nodes": len(mine)}
     with quiet(), task_identity(run_id=1, node_id=1):
         strategy = make(downlink=None, **options)
@@ -101,7 +147,7 @@ def run(make: Callable[..., FedAvg], r: int, seed: int, rate: float, num_rounds:
     replies = sum(grid_.ledger.round_totals(k + 1)["replies"] for k in range(num_rounds))
     if replies != num_rounds * len(mine):
         raise RuntimeError(f"expected {num_rounds * len(mine)} replies, got {replies}.")
-    return {"accuracy": accuracy}
+    return {key: [row[key] for row in rounds] for key in ("accuracy", "loss")}
 
 
 def without(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,35 +157,39 @@ def without(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def compare(name: str, rows: Sequence[Row]) -> Row:
     """Return the line of one arm, at the learning rate that is best for it."""
-    by_rate: dict[float, list[float]] = {}
+    by_rate: dict[float, list[Row]] = {}
     for row in rows:
-        by_rate.setdefault(row["rate"], []).append(mean(row["accuracy"][-WINDOW:]))
-    best = max(by_rate, key=lambda rate: mean(by_rate[rate]))
-    finals = by_rate[best]
+        last = {key: mean(row[key][-WINDOW:]) for key in ("accuracy", "loss")}
+        by_rate.setdefault(row["rate"], []).append(last)
+    best = max(by_rate, key=lambda rate: mean(row["accuracy"] for row in by_rate[rate]))
+    finals = [row["accuracy"] for row in by_rate[best]]
     shown = "/".join(f"{final:.3f}" for final in finals)
     spread = stdev(finals) if len(finals) > 1 else None
-    return {"arm": name, "rate": best, "shown": shown, "final": mean(finals), "spread": spread}
+    loss = mean(row["loss"] for row in by_rate[best])
+    return {"arm": name, "rate": best, "shown": shown, "final": mean(finals), "spread": spread, "loss": loss}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     arguments = parser(__doc__)
-    arguments.add_argument("--rounds", type=int, help="instead of 8, or 1 without --full")
+    arguments.add_argument("--tasks", nargs="+", choices=TASKS, help="instead of all, or of digits without --full")
+    arguments.add_argument("--rounds", type=int, help="instead of 10 and 8, or 1 without --full")
     arguments.add_argument("--seeds", type=int, nargs="+", help="instead of 0 1 2, or 0 without --full")
     arguments.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
     options = arguments.parse_args(argv)
     bench = Bench("devices", options)
-    rounds = options.rounds or (8 if bench.full else 1)
-    rates = options.rates or ([0.005, 0.01] if bench.full else [0.005])
-    code = sources_digest("fedkit", "strategies", "clients", "examples/quickstart")
-    found: dict[str, list[Row]] = {name: [] for name in ARMS}
-    for rate in rates:
-        for seed in options.seeds or ([0, 1, 2] if bench.full else [0]):
-            for name, (make, r) in ARMS.items():
-                params = {"seed": seed, "rate": rate, "rounds": rounds, "code": code}
-                found[name].append(bench.arm(name, partial(run, make, r, seed, rate, rounds), **params))
-    lines = [compare(name, rows) for name, rows in found.items()]
-    bench.table(f"A GPU or CPU, a CPU and two mobile nodes, {rounds} rounds", COLUMNS, lines)
+    seeds = options.seeds or ([0, 1, 2] if bench.full else [0])
+    for name in options.tasks or (TASKS if bench.full else ["digits"]):
+        task = TASKS[name]
+        rounds = options.rounds or (task.rounds if bench.full else 1)
+        rates = options.rates or (task.rates if bench.full else task.rates[:1])
+        code = sources_digest("fedkit", "strategies", "clients", f"examples/{task.app}")
+        found: dict[str, list[Row]] = {arm: [] for arm in ARMS}
+        for rate, seed, (arm, (make, r)) in product(rates, seeds, ARMS.items()):
+            params = {"task": name, "seed": seed, "rate": rate, "rounds": rounds, "code": code}
+            found[arm].append(bench.arm(arm, partial(run, task, make, r, seed, rate, rounds), **params))
+        lines = [compare(arm, rows) for arm, rows in found.items()]
+        bench.table(f"A GPU or CPU, a CPU and two mobile nodes: {name}, {rounds} rounds", COLUMNS, lines)
     bench.finish()
 
 

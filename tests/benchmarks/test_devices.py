@@ -10,11 +10,11 @@ from benchmarks import devices, mobile
 
 def test_an_arm_is_shown_at_its_best_rate():
     rows = [
-        {"rate": rate, "accuracy": [0.1, *[final] * 3]}
+        {"rate": rate, "accuracy": [0.1, *[final] * 3], "loss": [9.0, *[1 - final] * 3]}
         for rate, final in ((1, 0.6), (1, 0.8), (2, 0.75), (2, 0.75))
     ]
     line = devices.compare("arm", rows)
-    assert (line["rate"], line["shown"]) == (2, "0.750/0.750")
+    assert (line["rate"], line["shown"], line["loss"]) == (2, "0.750/0.750", 0.25)
 
 
 @pytest.mark.slow
