@@ -134,7 +134,8 @@ def device() -> str:
 
 def measure_all(bench: Bench, name: str, task: Task, seeds: Sequence[int], rounds: int) -> list[Row]:
     """Return the rows of one task."""
-    options, code = bench.options, sources_digest("fedkit", "strategies", "clients")
+    options = bench.options
+    code = sources_digest("fedkit/aggregation", "fedkit/codec", "strategies", "clients")
     wanted = [c for c in task.conditions if c in (options.conditions or CONDITIONS)]
     rows = []
     for seed in seeds:
