@@ -78,6 +78,7 @@ class UpdateStrategy(Asking, Generic[S]):
         As in Flower's FedAvg.
     """
 
+    parts_type: ClassVar[type[Parts]] = Parts
     state_types: ClassVar[tuple[type, ...]] = ()  # dataclasses that `state` is made of
     state: S  # what the aggregator remembers, from the first round on
 
@@ -103,7 +104,7 @@ class UpdateStrategy(Asking, Generic[S]):
         super().__init__(
             codec,
             Downlink(downlink, initial, seed),
-            Parts(submodels, lora, row_mask),
+            self.parts_type(submodels, lora, row_mask),
             Missing.of(missing),
             step_size=step_size,
             budget=budget,

@@ -32,14 +32,15 @@ from fedkit.codec.protocol import Quantizer
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError, ReplyError
-from fedkit.message import CODING, Report
+from fedkit.message import CODING, SUBMODEL, Report
 from fedkit.ordinary import split
 from fedkit.skipping import SkipRule
 
 from .base import UpdateStrategy
 from .cluster_map import ClusterMap
 from .composition import REMEMBERS
-from .parts import PRODUCTS, LoraMode
+from .parts import PRODUCTS, WHOLE, LoraMode, Parts
+from .slot_parts import SlotParts
 
 _WHOLE: Final = "adapters are told apart by comparing all of them, whole."
 
@@ -86,6 +87,8 @@ class Tac(UpdateStrategy[ClusterState]):
         Whether clients count by their number of examples; each of a client's adapters counts alike.
     tasks : mapping of str to sequence of int, optional
         The true task of each slot, by client id: for purity and ARI in the map, and for nothing else.
+    submodels : mapping of str to Cut, optional
+        The part of every adapter that nodes hold, as in `UpdateStrategy`: a lower rank, `lora_rank`.
     seed : int
         Of k-means, of masks, and of the choice of clients.
     **options
@@ -99,7 +102,9 @@ class Tac(UpdateStrategy[ClusterState]):
 
     scheme: ClassVar[str] = "tac"
     one_for_all: ClassVar[bool] = False
-    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(("submodels", "row_mask", "ffa", "fedsa"), _WHOLE)
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(("row_mask", "ffa", "fedsa"), _WHOLE)
+    parts_type: ClassVar[type[Parts]] = SlotParts
+    parts: SlotParts
     aggregator: Clustered
 
     def __init__(
@@ -137,6 +142,8 @@ class Tac(UpdateStrategy[ClusterState]):
         super().__init__(
             aggregator, Codec(quantizer), missing="drop" if skip else missing, lora=lora, seed=seed, **options
         )
+        if density < 1 and self.parts.differ:
+            raise ConfigError("density: not with submodels: the one mask of a round is of whole adapters.")
         self.num_clusters, self.density, self.skip = num_clusters, density, skip
         self.max_slots = num_clusters if max_slots is None else max_slots
         if self.max_slots < 1:
@@ -178,13 +185,9 @@ class Tac(UpdateStrategy[ClusterState]):
 
     def distribute(self, params: NamedArrays, node_ids: Sequence[int]) -> Mapping[int, NamedArrays]:
         """Return, for each slot of each node, the adapter of its cluster; v^0 for a node not known yet."""
-        clusters = split_clusters(params)
-        newcomer = join_slots([self.state.start])
-        slots = {node_id: self._clusters_of(node_id) for node_id in node_ids}
-        return {
-            node_id: join_slots([clusters[k] for k in numbers]) if numbers else newcomer
-            for node_id, numbers in slots.items()
-        }
+        clusters, newcomer = split_clusters(params), [self.state.start]
+        slots = {node_id: [clusters[k] for k in self._clusters_of(node_id)] or newcomer for node_id in node_ids}
+        return self.parts.distribute_slots(slots, self.registry.submodels)
 
     def _clusters_of(self, node_id: int) -> Sequence[int]:
         """Return the clusters of a node's slots; none if it is not known."""
@@ -192,12 +195,14 @@ class Tac(UpdateStrategy[ClusterState]):
 
     def _options_of(self, node_id: int, known: dict[str, Mapping[str, Scalar]]) -> Mapping[str, Scalar]:
         """Return how a node codes its slots; when it may skip, by the last steps of its own clusters."""
+        part = self.parts.sent.get(node_id, WHOLE)
+        options: dict[str, Scalar] = {} if part == WHOLE else {SUBMODEL: part}
         if self.skip is not None:
             step = sum(self._steps[k] for k in self._clusters_of(node_id)) if self._steps else 0.0
-            return {CODING: "aquila", **self.skip.to_options([step])}
-        if self.density < 1:
-            return {CODING: "masked", "density": self.density, "seed": self.seed}
-        return {}
+            options |= {CODING: "aquila", **self.skip.to_options([step])}
+        elif self.density < 1:
+            options |= {CODING: "masked", "density": self.density, "seed": self.seed}
+        return options
 
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
         """Return arrays with the names and shapes of all slots that the client says it has."""

@@ -23,7 +23,7 @@ from fedkit.aggregation.protocol import Cohort, Upload
 from fedkit.aggregation.signatures import Row, Signatures
 from fedkit.aggregation.slots import count_slots, split_slots
 from fedkit.aggregation.tasks import Tasks, overlong
-from fedkit.arrays import Mask, NamedArrays, add, num_values, squared_norm
+from fedkit.arrays import Mask, NamedArrays, add, num_values, squared_norm, unflatten
 
 KEPT: Final = 2**27
 """Bytes of arrays that are kept from the first pass to the second."""
@@ -163,7 +163,9 @@ class Arrivals:
                 name = slot_name(upload.client_id, one.slot)
                 arrays, mask = self._open(one.number)[one.slot]
                 if self.lazy is None:
-                    arrays = _moved(arrays, mask, one.start, self.clusters[k])
+                    own = cohort.owned.get(upload.submodel)
+                    kept = unflatten(own, like=one.start) if mask is None and own is not None else mask
+                    arrays = _moved(arrays, kept, one.start, self.clusters[k])
                 yield replace(upload, client_id=name, node_id=numbers[name], arrays=arrays, mask=mask)
         for name, number in numbers.items() if self._silent else ():
             silent = self._silent.get(name.rpartition("#")[0])
@@ -189,6 +191,6 @@ class Arrivals:
 
 
 def _moved(update: NamedArrays, mask: Mask | None, start: NamedArrays, to: NamedArrays) -> NamedArrays:
-    """Return an update of `start` as one of another adapter, where it was sent: both have one result."""
+    """Return an update of `start` as one of another adapter, of entries that it is of: both have one result."""
     moved = {name: (start[name] - to[name]) + array for name, array in update.items()}
     return moved if mask is None else {name: np.where(mask[name], array, 0) for name, array in moved.items()}

@@ -142,6 +142,7 @@ def _cohort_of(k: int, adapter: NamedArrays, cohort: Cohort, assignment: Assignm
         cohort.server_round,
         dict.fromkeys(members, adapter),
         {number: name for number, (client, name) in enumerate(names) if client in asked},
+        owned=cohort.owned,
         everybody=cohort.everybody,
         members={name: number for number, name in members.items()},
     )

@@ -264,7 +264,7 @@ def test_a_resumed_run_knows_who_holds_what(tmp_path, monkeypatch):
         (lambda: Aquila(submodels=SUBMODELS, memory="sum", **OPTIONS), "memory='sum'"),
         (lambda: Aquila(submodels={"": whole}, **OPTIONS), "needs a name"),
         (lambda: Safari(submodels=SUBMODELS, sparse_model=True, **OPTIONS), "sparse_model: a model's entries"),
-        (lambda: Tac(num_clusters=2, submodels=SUBMODELS, **OPTIONS), "submodels: not with Tac"),
+        (lambda: Tac(num_clusters=2, density=0.5, submodels=SUBMODELS, **OPTIONS), "density: not with submodels"),
         (lambda: run(Plain(submodels={"r9": lora_rank(9)}, **OPTIONS), federation(), 1), "axis 0"),
     ],
 )

@@ -20,7 +20,7 @@ from fedkit.codec.wire import read_header
 from fedkit.errors import ConfigError
 from fedkit.message import from_arrays, read_frame, read_report, run_config_of, to_arrays
 from fedkit.rounds import RoundGrid
-from fedkit.strategies import Aquila, Budget, ErrorFeedback, Plain, Safari, Tac, Terms
+from fedkit.strategies import Aquila, Budget, ErrorFeedback, Plain, Safari, Terms
 from fedkit.submodels import lora_rank
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.tiny_lora import TinyNet, rm_config, tiny_batches
@@ -162,7 +162,6 @@ def test_what_the_server_says_of_a_round_goes_before_the_run_config():
     ("make", "reason"),
     [
         (lambda: Aquila(submodels=TERMS), "downlink: nodes with sub-models"),
-        (lambda: Tac(num_clusters=2, submodels={"mobile": Terms(config={"r": 2})}), "submodels: not with Tac"),
         (
             lambda: ErrorFeedback(
                 submodels={"mobile": Terms(quantizer=EntropyConstrained(0.2))}, budget=Budget(client_bytes=10**6)

@@ -7,7 +7,7 @@ from flwr.clientapp import ClientApp
 
 from fedkit.clients import TacMod, WarmWorker, kept
 from fedkit.config import parse
-from fedkit.message import from_arrays, to_arrays
+from fedkit.message import from_arrays, run_config_of, to_arrays
 from multitask import task
 
 # In a deployment a worker keeps what is loaded.
@@ -23,7 +23,7 @@ def train(message: Message, context: Context) -> Message:
     from fedkit.clients.slots import train_slots
 
     torch.set_num_threads(1)  # the clients of a simulation share the cores
-    config = parse(task.Config, context.run_config)
+    config = parse(task.Config, run_config_of(message, context))
     partition_id = context.node_config["partition-id"]
     server_round = message.content.config_records["config"]["server-round"]
 

@@ -1,0 +1,87 @@
+"""The parts of nodes that hold several adapters: in each slot the same part, cut out as if the slot were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from fedkit.aggregation.protocol import Cohort, Upload
+from fedkit.aggregation.slots import count_slots, join_slots, split_clusters, split_slots
+from fedkit.arrays import Mask, NamedArrays, num_values
+from fedkit.row_masks import RowMask
+from fedkit.submodels import Cut, SubModel, embed
+
+from .parts import LoraMode, Parts
+
+
+class SlotParts(Parts):
+    """The parts by name, of one adapter, and the adapters of which each node was sent its part.
+
+    To the server an adapter of a lower rank is the whole adapter that its client was sent, of which the client
+    moved its part: so adapters differ by what clients did, not by what they hold.
+    """
+
+    def __init__(
+        self, submodels: Mapping[str, Cut] | None, lora: LoraMode, row_mask: RowMask | None = None
+    ) -> None:
+        super().__init__(submodels, lora, row_mask)
+        self._whole: dict[int, Sequence[NamedArrays]] = {}  # what nodes were sent last, before it was cut
+
+    def prepare(self, params: NamedArrays) -> None:
+        """Cut the parts of one adapter; `params` have one per cluster, or are one."""
+        super().prepare(split_clusters(params)[0])
+
+    def distribute_slots(
+        self, slots: Mapping[int, Sequence[NamedArrays]], said: Mapping[int, str]
+    ) -> Mapping[int, NamedArrays]:
+        """Return what each node is sent, given the adapters of its slots; those that get the same share it."""
+        holders: dict[int, tuple[NamedArrays, list[int]]] = {}
+        for node_id, own in slots.items():
+            for adapter in own:
+                holders.setdefault(id(adapter), (adapter, []))[1].append(node_id)
+        parts = {key: self.distribute(adapter, nodes, said) for key, (adapter, nodes) in holders.items()}
+        self._whole |= slots
+        joined: dict[tuple[int, ...], NamedArrays] = {}
+        sent = {}
+        for node_id, own in slots.items():
+            adapters = [parts[id(each)][node_id] for each in own]
+            sent[node_id] = joined.setdefault(tuple(map(id, adapters)), join_slots(adapters))
+        return sent
+
+    def num_values(self, params: NamedArrays) -> int:
+        """Return how many values the largest upload holds: that of a node with a slot in each cluster."""
+        return num_values(params)
+
+    def embedded(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
+        """Yield uploads in the server's units, zero where their clients hold nothing."""
+        for upload in uploads:
+            if self.trivial or upload.arrays is None:
+                yield upload
+                continue
+            part = self._up[upload.submodel]
+            arrays, mask = self._embedded(part, upload.arrays, upload.mask)
+            again = upload.again and partial(self._again, part, upload.again)
+            yield replace(upload, arrays=arrays, mask=mask, again=again)
+
+    def whole(self, cohort: Cohort) -> Cohort:
+        """Return the cohort with the adapters of which nodes were sent their parts.
+
+        A node that owes a reply is asked nothing, so it is what it was sent last.
+        """
+        if self.trivial:
+            return cohort
+        self._whole = {node_id: self._whole[node_id] for node_id in cohort.sent}  # of others no reply is awaited
+        return replace(cohort, sent={node_id: join_slots(own) for node_id, own in self._whole.items()})
+
+    def _embedded(self, part: SubModel, arrays: NamedArrays, mask: Mask | None) -> tuple[NamedArrays, Mask | None]:
+        slots, like = count_slots(arrays), self._like
+        joined = join_slots([embed(slot, part, like=like) for slot in split_slots(arrays, slots)])
+        if mask is None:
+            return joined, None
+        return joined, join_slots([part.embed_mask(slot, like=like) for slot in split_slots(mask, slots)])
+
+    def _again(
+        self, part: SubModel, decode: Callable[[], tuple[NamedArrays, Mask | None]]
+    ) -> tuple[NamedArrays, Mask | None]:
+        return self._embedded(part, *decode())
