@@ -1,7 +1,11 @@
 """Fixtures shared by all tests."""
 
 import logging
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many of them as cores: threads of each would fight for those
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import pytest
 
