@@ -51,9 +51,9 @@ class Task:
 
 
 LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
-LANGUAGE = {"task": "language-modelling", "target-modules": LINEAR, "local-steps": 16, "max-tokens": 96}
+LANGUAGE = {"task": "language-modelling", "target-modules": LINEAR, "local-steps": 24, "max-tokens": 48}
 TASKS = {
-    "language": Task("text_lora", LANGUAGE, rounds=10, rates=(0.003, 0.006)),
+    "language": Task("text_lora", LANGUAGE, rounds=10, rates=(0.003, 0.006, 0.01)),
     "digits": Task("quickstart", {}, rounds=8, rates=(0.005, 0.01)),
 }
 COLUMNS = {
@@ -173,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     arguments = parser(__doc__)
     arguments.add_argument("--tasks", nargs="+", choices=TASKS, help="instead of all, or of digits without --full")
+    arguments.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="instead of all")
     arguments.add_argument("--rounds", type=int, help="instead of 10 and 8, or 1 without --full")
     arguments.add_argument("--seeds", type=int, nargs="+", help="instead of 0 1 2, or 0 without --full")
     arguments.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
@@ -184,8 +185,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rounds = options.rounds or (task.rounds if bench.full else 1)
         rates = options.rates or (task.rates if bench.full else task.rates[:1])
         code = sources_digest("fedkit", "strategies", "clients", f"examples/{task.app}")
-        found: dict[str, list[Row]] = {arm: [] for arm in ARMS}
-        for rate, seed, (arm, (make, r)) in product(rates, seeds, ARMS.items()):
+        found: dict[str, list[Row]] = {arm: [] for arm in options.arms}
+        for rate, seed, arm in product(rates, seeds, options.arms):
+            make, r = ARMS[arm]
             params = {"task": name, "seed": seed, "rate": rate, "rounds": rounds, "code": code}
             found[arm].append(bench.arm(arm, partial(run, task, make, r, seed, rate, rounds), **params))
         lines = [compare(arm, rows) for arm, rows in found.items()]
