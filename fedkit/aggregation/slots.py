@@ -19,8 +19,8 @@ from fedkit.errors import SchemaMismatchError
 T = TypeVar("T", np.float32, np.bool_)
 
 
-def join_slots(slots: Sequence[NamedArrays]) -> dict[str, NDArray[np.float32]]:
-    """Return one adapter per slot as the arrays of a message, ``slot-0/NAME`` and so on."""
+def join_slots(slots: Sequence[Mapping[str, NDArray[T]]]) -> dict[str, NDArray[T]]:
+    """Return one adapter per slot, or mask, as the arrays of a message have them, ``slot-0/NAME`` and so on."""
     return _join("slot", slots)
 
 
@@ -72,7 +72,7 @@ def replicate(adapter: NamedArrays, num_clusters: int) -> NamedArrays:
     return adapter
 
 
-def _join(kind: str, adapters: Sequence[NamedArrays]) -> dict[str, NDArray[np.float32]]:
+def _join(kind: str, adapters: Sequence[Mapping[str, NDArray[T]]]) -> dict[str, NDArray[T]]:
     return {f"{kind}-{k}/{name}": array for k, each in enumerate(adapters) for name, array in each.items()}
 
 
