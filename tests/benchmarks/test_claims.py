@@ -10,7 +10,7 @@ from benchmarks.claims import ROOT, claims
 
 CLAIMS = claims()
 READMES = "\n".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("*/README.md")])
-FIGURELESS = {"claims", "fuzz", "innovations", "warm", "devices"}
+FIGURELESS = {"claims", "fuzz", "innovations", "warm"}
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.command)

@@ -18,7 +18,6 @@ def test_an_arm_is_shown_at_its_best_rate():
 
 
 @pytest.mark.slow
-@pytest.mark.full
 def test_the_benchmark_of_devices_from_end_to_end(tmp_path):
     pytest.importorskip("torchao", reason="the extra `mobile` is not installed")
     devices.main(["--out", str(tmp_path), "--json", str(tmp_path / "rows.json")])
