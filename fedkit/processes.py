@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedkit.errors import LaunchError
 
-STOP_SECONDS = 3.0  # for the polite end, and again for the forcible one
+STOP_SECONDS = 3.0  # for the polite end, and three times that for the forcible one
 POLL_SECONDS = 0.1
 
 
@@ -55,7 +55,7 @@ def end_processes(setting: str) -> None:
     One that is just being started is not seen, so nothing is over before two looks in a row have found none.
     """
     begin, asked, clear = time.monotonic(), set[int](), 0
-    while clear < 2 and (elapsed := time.monotonic() - begin) < 2 * STOP_SECONDS:
+    while clear < 2 and (elapsed := time.monotonic() - begin) < 4 * STOP_SECONDS:
         forcibly, pids = elapsed >= STOP_SECONDS, set(processes_with(setting))
         for pid in pids if forcibly else pids - asked:  # politely once
             with suppress(ProcessLookupError):

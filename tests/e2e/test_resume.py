@@ -51,6 +51,19 @@ def kill(mark: str) -> None:
         time.sleep(0.02)
 
 
+def left_behind(mark: str) -> list[str]:
+    """Return the command lines of what a run that has ended left behind; what was killed may take a moment."""
+    deadline, lines = time.monotonic() + 10, [""]
+    while lines and time.monotonic() < deadline:
+        time.sleep(0.1)
+        lines = [
+            Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+            for pid in processes_with(mark)
+            if pid != os.getpid() and Path(f"/proc/{pid}/cmdline").exists()
+        ]
+    return lines
+
+
 def fedkit(*arguments: object) -> subprocess.Popen[str]:
     """Start the command."""
     command = [sys.executable, "-m", "fedkit.cli", *map(str, arguments)]
@@ -161,7 +174,7 @@ def test_an_arm_of_flowers_fedavg_starts_again_and_an_interrupted_one_says_how_t
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert output.endswith(f"Take it up with: fedkit resume {out}\n")
-    assert not [pid for pid in processes_with(mark) if pid != os.getpid()]
+    assert not left_behind(mark)
     shown = finish(fedkit("resume", out / ARMS["fedavg"]))
     assert all(f"round {number}/{ROUNDS}" in shown for number in range(1, ROUNDS + 1))
     assert result(out, "fedavg")["rounds"][-1]["replies"] == 3
