@@ -56,11 +56,11 @@ def left_behind(mark: str) -> list[str]:
     deadline, lines = time.monotonic() + 10, [""]
     while lines and time.monotonic() < deadline:
         time.sleep(0.1)
-        lines = [
-            Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-            for pid in processes_with(mark)
-            if pid != os.getpid() and Path(f"/proc/{pid}/cmdline").exists()
-        ]
+        lines = []
+        for pid in processes_with(mark):
+            with suppress(OSError):  # it has ended meanwhile
+                if pid != os.getpid():
+                    lines.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
     return lines
 
 
