@@ -91,13 +91,14 @@ class Orthogonality:
             if not trained:
                 continue
             stack = torch.stack(trained).flatten(2)  # of convolutions
-            derivative = self._derive(_gram(stack, factor)) * (2 * weight / self._count)
+            derivative = self._derive(_gram(stack, factor))
             gradient = derivative @ stack if factor == "A" else stack @ derivative
             for parameter in trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             grads = [parameter.grad for parameter in trained if parameter.grad is not None]
-            torch._foreach_add_(grads, gradient.view(-1, *trained[0].shape).unbind())
+            parts = gradient.view(-1, *trained[0].shape).unbind()
+            torch._foreach_add_(grads, parts, alpha=2 * weight / self._count)
 
 
 def orthogonality_penalty(model: nn.Module, penalty: Penalty = "norm") -> Tensor:
@@ -137,10 +138,11 @@ def _norms(gram: Tensor) -> Tensor:
 
 
 def _by_norms(gram: Tensor) -> Tensor:
-    """Return the derivative of `_norms`; 0 where the norm has none."""
-    off = gram - torch.eye(*gram.shape[1:], dtype=gram.dtype, device=gram.device)
+    """Return the derivative of `_norms`; 0 where the norm has none. `gram` is overwritten."""
+    off = gram
+    off.diagonal(dim1=-2, dim2=-1).sub_(1)
     norms = torch.linalg.vector_norm(off, dim=(1, 2), keepdim=True)
-    return off / torch.where(norms > 0, norms, 1.0)
+    return off.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))
 
 
 def _cosines(gram: Tensor) -> Tensor:
