@@ -47,6 +47,7 @@ SETTINGS: dict[str, Any] = {
 ARMS: dict[str, dict[str, Any]] = {
     "TAC, rank 1 per task": {"strategy": "tac"},
     "TAC, by the updates of all rounds": {"strategy": "tac", "strategy-options": "evidence='updates'"},
+    "TAC, by features": {"strategy": "tac", "strategy-options": "evidence='features'"},
     "FedIT, rank 16": {"strategy": "fedavg"},
     "oracle: told the tasks": {"strategy": "tac", "clustering": "oracle"},
     "FedIT, rank 16, a head per task": {"strategy": "fedavg", "heads": "per-task"},

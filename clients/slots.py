@@ -7,6 +7,7 @@ phone needs for five tasks is what it needs for one, and 4 bytes for each value 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedkit.aggregation.slots import join_slots, split_slots
 from fedkit.arrays import NamedArrays
 
 from .adapters import get_adapter, set_adapter
+from .features import Features
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,7 +26,10 @@ T = TypeVar("T")
 
 
 def train_slots(
-    model: PeftModel, received: NamedArrays, trainings: Sequence[Callable[[PeftModel], T]]
+    model: PeftModel,
+    received: NamedArrays,
+    trainings: Sequence[Callable[[PeftModel], T]],
+    features: Features | None = None,
 ) -> tuple[dict[str, NDArray[np.float32]], list[T]]:
     """Return the trained adapters of all slots as one message has them, and what each training returned.
 
@@ -36,6 +41,8 @@ def train_slots(
         The adapters to start from, as `TacMod` hands them to the app.
     trainings : sequence of callables
         One for each slot, always in the same order: trains the active adapter of the model in place.
+    features : Features, optional
+        Takes note of what the model makes of each slot's examples, for a server that tells slots apart so.
 
     Raises
     ------
@@ -45,7 +52,8 @@ def train_slots(
     starts, trained, results = split_slots(received, len(trainings)), [], []
     for start, training in zip(starts, trainings, strict=True):
         set_adapter(model, start)
-        results.append(training(model))
+        with features.watching(model) if features else nullcontext():
+            results.append(training(model))
         model.zero_grad(set_to_none=True)
         trained.append(get_adapter(model))
     return join_slots(trained), results

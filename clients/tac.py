@@ -17,17 +17,26 @@ from dataclasses import replace
 from typing import ClassVar, Final
 
 import numpy as np
+from flwr.app import ConfigRecord, RecordDict
 
+from fedkit.aggregation.evidence import FEATURES
 from fedkit.aggregation.slots import count_slots, join_slots, split_slots
 from fedkit.arrays import NamedArrays
 from fedkit.codec.sparsify import random_mask
 from fedkit.errors import FedkitError
 from fedkit.message import CODING, Instructions
+from fedkit.ordinary import Beside
 
 from .aquila import AquilaMod
 from .base import Coded, Job, UpdateMod
 
 __all__ = ["TacMod", "join_slots", "split_slots"]
+
+
+ASKED: Final = (
+    "the server tells slots apart by features, and the app's reply holds none. "
+    "Train with `train_slots(model, received, trainings, Features(message))`."
+)
 
 
 class Plainly(UpdateMod):
@@ -84,6 +93,16 @@ class TacMod(UpdateMod):
         num_slots = count_slots(update)
         coded = _coding(job.instructions).code(join_slots(split_slots(update, num_slots)), job)
         return replace(coded, options={"num-slots": num_slots})
+
+    def _code_reply(self, content: RecordDict, given: NamedArrays, beside: Beside, job: Job) -> Coded:
+        """Take the slots' features out of the app's reply, too; they go up if the server asked for them."""
+        record = content.pop(FEATURES, None)
+        coded = super()._code_reply(content, given, beside, job)
+        if coded.frame is None or not job.instructions.options.get(FEATURES):
+            return coded
+        if not isinstance(record, ConfigRecord) or not isinstance(text := record.get("means"), str):
+            raise FedkitError(ASKED)
+        return replace(coded, options={**coded.options, FEATURES: text})
 
 
 def _coding(instructions: Instructions) -> UpdateMod:

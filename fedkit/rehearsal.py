@@ -25,8 +25,10 @@ from flwr.app import ArrayRecord, Context, Message, MessageType, MetricRecord, R
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+from fedkit.aggregation.slots import count_slots
 from fedkit.arrays import NamedArrays, num_values
 from fedkit.booking import Booking
+from fedkit.clients.features import Features
 from fedkit.config import Scalar
 from fedkit.errors import ConfigError
 from fedkit.flower import context_to_bytes, mods_of, task_identity
@@ -118,7 +120,9 @@ def stand_in(app: ClientApp) -> ClientApp:
                 array[np.ix_(*part[name])] = local[name][np.ix_(*part[name])]
             local = resting
         metrics = MetricRecord({"num-examples": 100, "train-loss": float(rng.random())})
-        return Message(RecordDict({"arrays": from_arrays(local), "metrics": metrics}), reply_to=message)
+        content = RecordDict({"arrays": from_arrays(local), "metrics": metrics})
+        Features.at_random(message, count_slots(local), rng).write(content)
+        return Message(content, reply_to=message)
 
     @other.evaluate()
     def evaluate(message: Message, context: Context) -> Message:

@@ -22,7 +22,7 @@ from fedkit.config import Scalar
 from fedkit.errors import QuorumError, ReplyError
 from fedkit.ledger import Ledger
 from fedkit.limits import Limits
-from fedkit.message import LORA, STEP_SIZE, SUBMODEL, Instructions, write_instructions
+from fedkit.message import LORA, STEP_SIZE, SUBMODEL, Instructions, Report, write_instructions
 from fedkit.parcel import write_parcel
 from fedkit.rounds import RoundGrid
 
@@ -102,6 +102,9 @@ class Asking(FedAvg):
     def coding(self, server_round: int) -> Codec:
         """Return how uploads of a round are coded, if the budget has nothing against it; here always the same."""
         return self.codec
+
+    def check(self, node_id: int, report: Report) -> None:
+        """Raise ReplyError for a report that the scheme cannot use; here none."""
 
     def _adopt(self, grid: Grid, timeout: float) -> RoundGrid:
         grid = grid if isinstance(grid, RoundGrid) else RoundGrid(grid)

@@ -209,7 +209,7 @@ class UpdateStrategy(Asking, Generic[S]):
         cohort = self.parts.cohort(replace(self._cohort, sent={**self._unanswered, **self._cohort.sent}))
         self._unanswered = cohort.sent  # who answered an older message may yet answer this; the grid will know
         inbox = Inbox(self.registry, self.ledger, cohort, self._cohort.sent.keys(), self.weighted_by_key)
-        judged = inbox.judge(replies, self.parts.check, self.border.check)
+        judged = inbox.judge(replies, self.parts.check, self.border.check, self.check)
         if len(judged) < self.limits.needed(asked):
             if replies:
                 self.limits.refuse(f"Round {server_round}: {len(judged)} of {asked} replies can be used.")

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Final
 
 from fedkit.aggregation.missing import Missing
 from fedkit.errors import ConfigError
+from fedkit.skipping import SkipRule
 
 from .budget import Budget
 from .downlink import Downlink
-from .parts import PRODUCTS
+from .parts import PRODUCTS, LoraMode
 
 if TYPE_CHECKING:
     from .asking import Asking
@@ -56,3 +57,23 @@ def composed(strategy: Asking, missing: Missing, downlink: Downlink, budget: Bud
         if holds and downlink.codec is not None:
             raise ConfigError(f"downlink: {reason}. Set it to None.")
     return missing
+
+
+def check_inside_clusters(density: float, skip: SkipRule | None, missing: Missing, lora: LoraMode) -> None:
+    """Raise ConfigError, with the reason, for options of what TAC does inside clusters that do not go together."""
+    if not 0 < density <= 1:
+        raise ConfigError(f"density must be above 0 and at most 1, got {density}.")
+    if density < 1 and lora in PRODUCTS:
+        raise ConfigError(f"density: not with lora={lora!r}: of single entries of factors no product can be made.")
+    if skip is None:
+        return
+    if len(skip.weights) > 1:
+        raise ConfigError("skip: only a rule of one step, as AQUILA's is: slots change their clusters.")
+    if density < 1:
+        raise ConfigError("skip: not with a density: entries that rest would move by what was sent rounds ago.")
+    if lora in PRODUCTS:
+        raise ConfigError(f"skip: not with lora={lora!r}: {REMEMBERS}")
+    if missing.by not in ("drop", "mifa"):
+        raise ConfigError(
+            f"missing: {missing.by!r}: not with skip: a missing slot counts like one that is silent on purpose."
+        )

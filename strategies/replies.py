@@ -12,6 +12,7 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from numpy.typing import NDArray
 
+from fedkit.aggregation.evidence import FEATURES
 from fedkit.aggregation.protocol import NOBODY, Cohort, Upload
 from fedkit.arrays import NamedArrays
 from fedkit.codec.wire import open_frame
@@ -105,6 +106,7 @@ class Inbox:
                 digest=digest,
                 submodel=self.cohort.submodels.get(node_id, ""),
                 again=again,
+                features=report.options.get(FEATURES),
             )
 
     def tell(self, stand_ins: Mapping[str, str] = NOBODY) -> None:

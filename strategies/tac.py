@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedkit.aggregation.cluster import Clustered, ClusterState
-from fedkit.aggregation.evidence import Evidence
+from fedkit.aggregation.evidence import FEATURES, Evidence, features_from_text, slot_name
 from fedkit.aggregation.identities import Assignment
 from fedkit.aggregation.lazy import LazyMean
 from fedkit.aggregation.mean import MaskedMean, Mean
@@ -38,7 +38,7 @@ from fedkit.skipping import SkipRule
 
 from .base import UpdateStrategy
 from .cluster_map import ClusterMap
-from .composition import REMEMBERS
+from .composition import check_inside_clusters
 from .parts import PRODUCTS, WHOLE, LoraMode, Parts
 from .slot_parts import SlotParts
 
@@ -60,10 +60,12 @@ class Tac(UpdateStrategy[ClusterState]):
         Whether there are that many, or as many, up to that, as fit best.
     signature : {"factors", "product"}
         What of adapters is compared: the LoRA factors, or their products.
-    evidence : {"adapters", "updates"}
-        Whether slots are told apart by the adapters of the round, as published, or by their updates of all rounds,
-        of which the server keeps 8 KiB a slot: where training is too short for one round to tell, a slot finds
-        its cluster later (`fedkit.aggregation.evidence`).
+    evidence : {"adapters", "updates", "features"}
+        What slots are told apart by, see `fedkit.aggregation.evidence`: the adapters of the round, as published;
+        their updates of all rounds, of which the server keeps 8 KiB a slot: where training is too short for one
+        round to tell, a slot finds its cluster later; or what their examples are to the frozen model, which
+        clients say once, if the app trains with `fedkit.clients.features.Features`: for tasks about different
+        examples, however short training is.
     max_slots : int, optional
         How many adapters one client may send; as many as there are clusters if unset.
     quantizer : Quantizer
@@ -128,7 +130,7 @@ class Tac(UpdateStrategy[ClusterState]):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        _check(density, skip, Missing.of(missing), lora)
+        check_inside_clusters(density, skip, Missing.of(missing), lora)
         inner: Aggregator[Any] = Mean(weighted)
         if lora in PRODUCTS:
             inner = ProductMean(weighted, lora == "product-update")
@@ -144,7 +146,7 @@ class Tac(UpdateStrategy[ClusterState]):
         )
         if density < 1 and self.parts.differ:
             raise ConfigError("density: not with submodels: the one mask of a round is of whole adapters.")
-        self.num_clusters, self.density, self.skip = num_clusters, density, skip
+        self.num_clusters, self.density, self.skip, self.evidence = num_clusters, density, skip, evidence
         self.max_slots = num_clusters if max_slots is None else max_slots
         if self.max_slots < 1:
             raise ConfigError(f"max_slots must be at least 1, got {max_slots}.")
@@ -193,6 +195,20 @@ class Tac(UpdateStrategy[ClusterState]):
         """Return the clusters of a node's slots; none if it is not known."""
         return self.state.assignment.get(self.registry.names([node_id]).get(node_id, ""), ())
 
+    def _lacks_features(self, client: str, num_slots: int) -> bool:
+        """Return whether slots are told apart by features, and those of some of a client's are not known."""
+        known = self.state.evidence
+        told = num_slots > 0 and all(slot_name(client, slot) in known for slot in range(num_slots))
+        return self.evidence == "features" and not told
+
+    def check(self, node_id: int, report: Report) -> None:
+        """Refuse slots that cannot be told apart."""
+        num_slots, features = _num_slots(report, self.max_slots), report.options.get(FEATURES)
+        if features is not None:
+            features_from_text(features, num_slots)
+        elif not report.skipped and self._lacks_features(report.client_id, num_slots):
+            raise ReplyError("features: the server has none of its slots, and they did not come.")
+
     def _options_of(self, node_id: int, known: dict[str, Mapping[str, Scalar]]) -> Mapping[str, Scalar]:
         """Return how a node codes its slots; when it may skip, by the last steps of its own clusters."""
         part = self.parts.sent.get(node_id, WHOLE)
@@ -202,13 +218,14 @@ class Tac(UpdateStrategy[ClusterState]):
             options |= {CODING: "aquila", **self.skip.to_options([step])}
         elif self.density < 1:
             options |= {CODING: "masked", "density": self.density, "seed": self.seed}
+        client = self.registry.names([node_id]).get(node_id, "")
+        if self._lacks_features(client, len(self._clusters_of(node_id))):
+            options |= {FEATURES: True}
         return options
 
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
         """Return arrays with the names and shapes of all slots that the client says it has."""
-        num_slots = report.options.get("num-slots")
-        if type(num_slots) is not int or not 1 <= num_slots <= self.max_slots:
-            raise ReplyError(f"num-slots: expected 1 to {self.max_slots}, got {num_slots!r}. See max_slots.")
+        num_slots = _num_slots(report, self.max_slots)
         return join_slots(split_slots(sent, num_slots))
 
     def aggregate_train(
@@ -225,21 +242,9 @@ class Tac(UpdateStrategy[ClusterState]):
         return arrays, metrics
 
 
-def _check(density: float, skip: SkipRule | None, missing: Missing, lora: LoraMode) -> None:
-    """Raise ConfigError, with the reason, for options of a cluster's aggregation that do not go together."""
-    if not 0 < density <= 1:
-        raise ConfigError(f"density must be above 0 and at most 1, got {density}.")
-    if density < 1 and lora in PRODUCTS:
-        raise ConfigError(f"density: not with lora={lora!r}: of single entries of factors no product can be made.")
-    if skip is None:
-        return
-    if len(skip.weights) > 1:
-        raise ConfigError("skip: only a rule of one step, as AQUILA's is: slots change their clusters.")
-    if density < 1:
-        raise ConfigError("skip: not with a density: entries that rest would move by what was sent rounds ago.")
-    if lora in PRODUCTS:
-        raise ConfigError(f"skip: not with lora={lora!r}: {REMEMBERS}")
-    if missing.by not in ("drop", "mifa"):
-        raise ConfigError(
-            f"missing: {missing.by!r}: not with skip: a missing slot counts like one that is silent on purpose."
-        )
+def _num_slots(report: Report, most: int) -> int:
+    """Return how many slots a client says it has."""
+    num_slots = report.options.get("num-slots")
+    if type(num_slots) is not int or not 1 <= num_slots <= most:
+        raise ReplyError(f"num-slots: expected 1 to {most}, got {num_slots!r}. See max_slots.")
+    return num_slots

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.aggregation.evidence import Sums, compared, slot_name, summed, told
+from fedkit.aggregation.evidence import WIDTH, Sums, compared, features_from_text, slot_name, summed, told
 from fedkit.aggregation.identities import Assignment
 from fedkit.aggregation.kmeans import Points, distances
 from fedkit.aggregation.lazy import LazyState
@@ -84,7 +84,7 @@ class Arrivals:
         for adapter in clusters:
             self._signatures.add(adapter)
         self._evidence = evidence or {}
-        self._told: list[Row] = []
+        self._told: list[Row | None] = []  # None: nothing new
         self._uploads: list[Upload] = []
         self._silent: dict[str, Upload] = {}
         self._slots: list[Slot] = []
@@ -99,10 +99,15 @@ class Arrivals:
             return
         num_slots = count_slots(upload.arrays)
         updates, starts = split_slots(upload.arrays, num_slots), split_slots(sent, num_slots)
+        features = (
+            [None] * num_slots if upload.features is None else features_from_text(upload.features, num_slots)
+        )
         for slot, (start, update) in enumerate(zip(starts, updates, strict=True)):
             whole = self._whole(upload, slot, update)
             if self.tasks.evidence == "updates":
                 self._told.append(told(start, whole, self.tasks.signature))
+            elif self.tasks.evidence == "features":
+                self._told.append(features[slot])
             else:
                 self._signatures.add(add(start, whole))
             self._lengths.append(math.sqrt(squared_norm(whole)))
@@ -116,8 +121,8 @@ class Arrivals:
         """Return where all belong, given where slots belonged before."""
         clients = [self._uploads[one.number].client_id for one in self._slots]
         aside = overlong(self._lengths) if self.tasks.screened else np.zeros(len(clients), np.bool_)
-        if self.tasks.evidence == "updates":
-            return self._by_updates(clients, aside, before)
+        if self.tasks.evidence != "adapters":
+            return self._by_evidence(clients, aside, before)
         rows = self._signatures.rows()
         former, points = rows[: len(self.clusters)], rows[len(self.clusters) :]
         held = sorted({label for labels in before.values() for label in labels})
@@ -134,15 +139,17 @@ class Arrivals:
         self._seen = Seen(clients, slots, points, [int(label) for label in labels], aside)
         return self._seen
 
-    def _by_updates(self, clients: Sequence[str], aside: NDArray[np.bool_], before: Assignment) -> Seen:
-        """Return the same by what slots sent in all rounds; those of absent clients are clustered along."""
+    def _by_evidence(self, clients: Sequence[str], aside: NDArray[np.bool_], before: Assignment) -> Seen:
+        """Return the same by what is known of slots; those of absent clients are clustered along."""
         evidence, slots = dict(self._evidence), [one.slot for one in self._slots]
         names = [slot_name(client, slot) for client, slot in zip(clients, slots, strict=True)]
         for name, row, odd in zip(names, self._told, aside, strict=True):
-            if not odd:
+            if row is not None and self.tasks.evidence == "features":
+                evidence[name] = (1, row)
+            elif row is not None and not odd:
                 evidence[name] = summed(evidence.get(name), row)
             elif name not in evidence:
-                evidence[name] = (0, np.zeros_like(row))
+                evidence[name] = (0, np.zeros((2, WIDTH), np.float32))
         points, former = compared(evidence, before, len(self.clusters))
         labels: list[int] = []
         if evidence:

@@ -1,18 +1,27 @@
-"""What tells which task a slot is for: the adapter it sent, or all updates that it ever sent.
+"""What tells which task a slot is for: the adapter it sent, all updates that it ever sent, or what it is about.
 
 ==============  ==============================================================================================
 evidence        what of a slot is clustered
 ==============  ==============================================================================================
 ``"adapters"``  the adapter of this round, as FL-TAC has it: `fedkit.aggregation.signatures`
 ``"updates"``   the sum of its updates of all rounds so far, the t-th weighted by 1/t
+``"features"``  the mean of what its examples are to the frozen model, sent once
 ==============  ==============================================================================================
 
-The second is ours. An adapter is the one that its slot started from, its cluster's, and a small update: a slot
+The others are ours. An adapter is the one that its slot started from, its cluster's, and a small update: a slot
 that was put into a wrong cluster stays near it. But a slot's task never changes, so what its updates have in
 common adds up over the rounds, while the noise of a few local steps does not, and the start is not in the sum. A
 slot thus finds its cluster later, and from then on starts from that cluster's adapter. It needs slots that keep
 their tasks. What adds up, too, is how a client's data differ from those of others with its task: once an adapter
 is trained, this is all that updates say. So the first ones weigh most.
+
+Features say which texts or images a task is about, from the first round on and however short training is. They
+are the mean of what the model's head is given while the slot is trained for the first time, up to 1.4 kB
+(`fedkit.clients.features`). Two tasks about the same examples have the same features: nothing tells them apart
+then. And the server learns what the mean example of a slot is like, of which updates say less; Flower's
+`LocalDpMod` does not cover it. Clients that are clustered by statistics of their data, which they send before all
+training: S. Vahidian et al., "Efficient Distribution Similarity Identification in Clustered Federated Learning via
+Principal Angles Between Client Data Subspaces", AAAI 2023.
 
 Of each slot the server keeps a row for its LoRA factors and one for all other arrays, the head: exact up to
 `WIDTH` values, else sketched, which is linear, so that a sum of sketches is the sketch of the sum. Sums are
@@ -24,25 +33,32 @@ the clustering.
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedkit.aggregation.identities import Assignment
 from fedkit.aggregation.kmeans import Points
 from fedkit.aggregation.lora import lora_pairs
 from fedkit.aggregation.signatures import Row, Signature, signature, sketch
 from fedkit.arrays import NamedArrays, add
+from fedkit.errors import ReplyError
 
-Evidence: TypeAlias = Literal["adapters", "updates"]
+Evidence: TypeAlias = Literal["adapters", "updates", "features"]
 Sum: TypeAlias = tuple[int, Row]
-"""How many updates a slot sent, and their sum, shape (2, `WIDTH`)."""
+"""How many updates a slot sent, and their sum, shape (2, `WIDTH`); of features, 1 and the row."""
 Sums: TypeAlias = Mapping[str, Sum]
 """Of each slot, by name."""
 
 WIDTH: Final = 1024
 """Values of each of a slot's two rows."""
+FEATURES: Final = "features"
+"""What the server's instructions, the app's reply and the report call them."""
+MOST: Final = 512
+"""Features of a slot, at most; more are sketched."""
 
 
 def slot_name(client: str, slot: int) -> str:
@@ -70,6 +86,32 @@ def summed(known: Sum | None, row: Row) -> Sum:
     """Return a slot's sum with one more update."""
     count, before = known or (0, np.zeros_like(row))
     return count + 1, before + row / np.float32(count + 1)
+
+
+def features_to_text(means: NDArray[np.float32]) -> str:
+    """Return the features of a client's slots, one row each, as its report says them: float16, base64."""
+    rows = means if means.shape[1] <= MOST else np.stack([sketch(row, MOST) for row in means])
+    return b64encode(np.ascontiguousarray(rows, "<f2").tobytes()).decode()
+
+
+def features_from_text(text: object, num_slots: int) -> list[Row]:
+    """Return what a report says of each of its client's slots, shape (2, `WIDTH`).
+
+    Raises
+    ------
+    ReplyError
+        If that is not one row of finite values for each.
+    """
+    try:
+        values = np.frombuffer(b64decode(str(text), validate=True), "<f2").astype(np.float32)
+        given = values.reshape(num_slots, -1)
+    except ValueError:
+        given = np.zeros((num_slots, 0), np.float32)
+    if not 1 <= given.shape[1] <= MOST or not np.isfinite(given).all():
+        raise ReplyError(f"features: expected 1 to {MOST} finite values for each of {num_slots} slots.")
+    rows = np.zeros((num_slots, 2, WIDTH), np.float32)
+    rows[:, 0, : given.shape[1]] = given
+    return list(rows)
 
 
 def compared(sums: Sums, before: Assignment, num_clusters: int) -> tuple[Points, Points]:

@@ -58,6 +58,7 @@ class Upload:
     digest: bytes  # of the client's memory after this upload, 16 bytes; see `fedkit.memory`
     submodel: str = ""  # the part that the client holds: a key of `Cohort.owned`; its other entries are zero
     again: Callable[[], tuple[NamedArrays, Mask | None]] | None = None  # decodes arrays and mask once more
+    features: object = None  # of its slots, if it was asked for them: `fedkit.aggregation.evidence`
 
 
 NOBODY: Final[Mapping[str, str]] = MappingProxyType({})

@@ -22,8 +22,8 @@ An adapter is odd
 What it cannot mend
 -------------------
 A slot starts from its cluster's adapter, and so stays near it: what is wrong after the first rounds tends to last.
-Where local training is so short that updates of one task are hardly alike, cluster by the updates of all rounds
-(`evidence`), or let the first round be longer.
+Where local training is so short that updates of one task are hardly alike, cluster by the updates of all rounds,
+or by features (`evidence`), or let the first round be longer.
 
 How many clusters there are
 ---------------------------
@@ -76,8 +76,9 @@ class Tasks:
         Whether there are that many, or fewer if that fits better.
     signature : {"factors", "product"}
         What of adapters is compared: `fedkit.aggregation.signatures`.
-    evidence : {"adapters", "updates"}
-        Whether the adapters of a round are clustered, or the updates of all rounds: `fedkit.aggregation.evidence`.
+    evidence : {"adapters", "updates", "features"}
+        Whether the adapters of a round are clustered, the updates of all rounds, or what examples are to the
+        frozen model: `fedkit.aggregation.evidence`.
     distinct : bool
         Whether adapters of one client are for different tasks, unless they are equal.
     anchored : bool

@@ -5,12 +5,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from peft import PeftModel
 
+from fedkit.aggregation.evidence import FEATURES, features_from_text
 from fedkit.aggregation.slots import join_slots, split_slots
 from fedkit.clients.adapters import get_adapter, set_adapter
+from fedkit.clients.features import Features
 from fedkit.clients.slots import train_slots
+from fedkit.codec.wire import Codec
 from fedkit.errors import SchemaMismatchError
+from fedkit.message import Instructions, write_instructions
 from tests.helpers.tiny_lora import tiny_batches, tiny_model
 
 
@@ -66,3 +71,40 @@ def test_an_adapter_of_another_rank_is_refused() -> None:
     other = {name: np.zeros((9, *array.shape[1:]), np.float32) for name, array in get_adapter(model).items()}
     with pytest.raises(SchemaMismatchError):
         train_slots(model, other, [partial(train, rate=0.1)])
+
+
+def asking(wanted: bool) -> Message:
+    """What a server sends that tells slots apart by features, or does not."""
+    config = ConfigRecord()
+    write_instructions(config, Instructions("tac", 1, Codec(), b"", {FEATURES: True} if wanted else {}))
+    content = RecordDict({"config": config, "arrays": ArrayRecord()})
+    return Message(content, dst_node_id=1, message_type="train")
+
+
+def test_features_are_the_mean_of_what_the_head_is_given() -> None:
+    model, features, content = tiny_model(), Features(asking(True)), RecordDict()
+    given: list[torch.Tensor] = []
+
+    def seeing(model: PeftModel, batches: slice) -> None:
+        model.eval()
+        with torch.no_grad():
+            for batch in tiny_batches()[batches]:
+                hidden = model.base_model.model.hidden(batch["x"]).relu()
+                given.append(model.base_model.model.middle(hidden).relu())
+                model(**batch)
+
+    trainings = [partial(seeing, batches=slice(0, 1)), partial(seeing, batches=slice(1, 3))]
+    train_slots(model, get_adapter(model), trainings, features)
+    features.write(content)
+    one, other = features_from_text(content[FEATURES]["means"], 2)  # type: ignore[index]
+    np.testing.assert_allclose(one[0, :8], given[0].mean(0), atol=1e-3)
+    np.testing.assert_allclose(other[0, :8], torch.cat(given[1:]).mean(0), atol=1e-3)
+    assert not any(module._forward_pre_hooks for module in model.modules()), "nothing is left behind"
+
+
+def test_who_is_not_asked_says_nothing() -> None:
+    for message in (asking(False), Message(RecordDict(), dst_node_id=1, message_type="train")):
+        model, features, content = tiny_model(), Features(message), RecordDict()
+        train_slots(model, get_adapter(model), [partial(train, rate=0.1)], features)
+        features.write(content)
+        assert not content

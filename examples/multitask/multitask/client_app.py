@@ -20,6 +20,7 @@ def train(message: Message, context: Context) -> Message:
     # Here rather than above: importing torch takes seconds, which a refused message should not cost.
     import torch
 
+    from fedkit.clients.features import Features
     from fedkit.clients.slots import train_slots
 
     torch.set_num_threads(1)  # the clients of a simulation share the cores
@@ -33,10 +34,10 @@ def train(message: Message, context: Context) -> Message:
     trainings = [
         partial(task.train, slot=slot, config=config, seed=seed) for slot, seed in zip(slots, seeds, strict=True)
     ]
-    trained, losses = train_slots(kept(task.build_model, config), received, trainings)
+    features = Features(message)
+    trained, losses = train_slots(kept(task.build_model, config), received, trainings, features)
 
     metrics = {"num-examples": sum(len(slot.examples) for slot in slots), "train-loss": sum(losses) / len(losses)}
-    return Message(
-        RecordDict({"arrays": from_arrays(trained), "metrics": MetricRecord(metrics)}),
-        reply_to=message,
-    )
+    content = RecordDict({"arrays": from_arrays(trained), "metrics": MetricRecord(metrics)})
+    features.write(content)
+    return Message(content, reply_to=message)
