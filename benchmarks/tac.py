@@ -23,10 +23,12 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 from flwr.app import Context, RecordDict
 
@@ -54,42 +56,63 @@ ARMS: dict[str, dict[str, Any]] = {
     "FL-TAC as published": {"strategy": "tac", "clustering": "k-means"},
     "local only": {"strategy": "tac", "clustering": "local"},
 }
-TASKS = ("qnli", "qqp", "sst2", "rte", "mrpc")
-COLUMNS = {
-    "arm": "arm",
-    **{f"accuracy-{name}": name for name in TASKS},
-    "accuracy": "mean",
-    "clustering": "clustering",
-    "parameters": "parameters",
-    "uplink": "uplink, kB",
-}
+AUTHORS = "FL-TAC, the authors' code"
+TASKS = {"glue": ("qnli", "qqp", "sst2", "rte", "mrpc"), "cifar": ("cifar10", "cifar100")}
+COLUMNS = {"accuracy": "mean", "clustering": "clustering", "parameters": "parameters", "uplink": "uplink, kB"}
 
 
-def measure(arm: Mapping[str, Any], seed: int, rounds: int, clients: int, settings: Mapping[str, Any]) -> Row:
+def measure(
+    data: str, arm: Mapping[str, Any], seed: int, rounds: int, clients: int, settings: Mapping[str, Any]
+) -> Row:
     """Return what a run of the example comes to."""
     sys.path.insert(0, str(APP))
     import torch
     from multitask import client_app, server_app, task
 
+    from benchmarks import tac_images
     from fedkit.clients.adapters import get_adapter
     from fedkit.config import parse
     from tests.helpers.grid import InProcessGrid
 
     torch.set_num_threads(1)
-    defaults = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    data = str(Path(os.environ["FEDKIT_DATA_DIR"]).resolve() / "text")
-    with tempfile.TemporaryDirectory() as folder, task_identity(run_id=1, node_id=1):
-        run = {"seed": seed, "num-rounds": rounds, "num-clients": clients, "data": data, "run-dir": folder}
-        config = defaults | run | dict(settings) | dict(arm)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(task_identity(run_id=1, node_id=1))
+        if data == "cifar":
+            stack.enter_context(patch.object(task, "source", lambda config: tac_images))
+        config = run_config(seed, rounds, clients, settings) | {"run-dir": folder} | dict(arm)
         grid = InProcessGrid([client_app.app] * clients)
         for context in grid.contexts.values():
             context.run_config = config
         server = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
         server_app.app(grid, server)
         rows = [json.loads(line) for line in Path(folder, "rounds.jsonl").read_text().splitlines()]
-    parsed = parse(task.Config, config)
-    values = sum(array.size for array in get_adapter(task.build_model(parsed)).values())
-    return summary(rows) | {"parameters": values * (1 if parsed.shared else len(TASKS))}
+        parsed = parse(task.Config, config)
+        values = sum(array.size for array in get_adapter(task.build_model(parsed)).values())
+    return summary(rows) | {"parameters": values * (1 if parsed.shared else len(TASKS[data]))}
+
+
+def measure_authors(
+    clone: str, rate: float, seed: int, rounds: int, clients: int, settings: Mapping[str, Any]
+) -> Row:
+    """Return what a run of the authors' code on GLUE's tasks comes to."""
+    sys.path.insert(0, str(APP))
+    import torch
+    from multitask import task
+
+    from benchmarks.peers import fltac
+    from fedkit.config import parse
+
+    torch.set_num_threads(1)
+    return fltac.measure(Path(clone), parse(task.Config, run_config(seed, rounds, clients, settings)), rate)
+
+
+def run_config(seed: int, rounds: int, clients: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the example's run config, with the texts as its data."""
+    defaults = tomllib.loads((APP / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    data = str(Path(os.environ["FEDKIT_DATA_DIR"]).resolve() / "text")
+    run = {"seed": seed, "num-rounds": rounds, "num-clients": clients, "data": data}
+    return {**defaults, **run, **settings}
 
 
 def summary(rows: Sequence[Row]) -> Row:
@@ -104,11 +127,16 @@ def summary(rows: Sequence[Row]) -> Row:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print."""
     arguments = parser(__doc__)
+    arguments.add_argument(
+        "--data", nargs="+", choices=TASKS, default=["glue"], help="which tasks; GLUE's if unset"
+    )
     arguments.add_argument("--rounds", type=int, help="instead of 10, or 3 without --full")
     arguments.add_argument("--examples", type=int, help="of each task to train with, instead of 1500, or 100")
     arguments.add_argument("--steps", type=int, help="of a client for each task in a round, instead of 16, or 1")
     arguments.add_argument("--seeds", type=int, nargs="+", help="instead of 0 1 2, or 0 without --full")
     arguments.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="instead of all")
+    arguments.add_argument("--authors", metavar="DIR", help="a clone of the authors' code, another arm for GLUE")
+    arguments.add_argument("--authors-rate", type=float, default=0.005, help="its learning rate (%(default)s)")
     options = arguments.parse_args(argv)
     if "FEDKIT_DATA_DIR" not in os.environ:
         sys.exit(f"Set FEDKIT_DATA_DIR to a folder that has text/TASK/train.jsonl.gz and dev.jsonl.gz of {TASKS}.")
@@ -121,24 +149,36 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = options.seeds or ([0, 1, 2] if bench.full else [0])
     rounds, clients = options.rounds or (10 if bench.full else 3), 10 if bench.full else 4
     code = sources_digest("fedkit/aggregation", "examples/multitask")
-    lines: dict[str, list[Row]] = {name: [] for name in options.arms}
-    for seed in seeds:
-        for name in options.arms:
-            work = partial(measure, ARMS[name], seed, rounds, clients, settings)
-            params = {"seed": seed, "rounds": rounds, "clients": clients, **settings, "code": code}
-            lines[name].append(bench.arm(name, work, **params))
-    bench.table(
-        f"five tasks of GLUE, {clients} clients, {rounds} rounds, {len(seeds)} seeds",
-        COLUMNS,
-        [average(name, rows) for name, rows in lines.items()],
-    )
+    for data in options.data:
+        if data == "cifar":
+            from benchmarks import tac_images
+
+            tac_images.prepare(options.out, None if bench.full else 20)
+        lines: dict[str, list[Row]] = {name: [] for name in options.arms}
+        for seed in seeds:
+            for name in options.arms:
+                work = partial(measure, data, ARMS[name], seed, rounds, clients, settings)
+                params = {"seed": seed, "rounds": rounds, "clients": clients, **settings, "code": code}
+                params |= {"data": data} if data != "glue" else {}
+                lines[name].append(bench.arm(name, work, **params))
+            if options.authors and data == "glue":
+                rate = options.authors_rate
+                work = partial(measure_authors, options.authors, rate, seed, rounds, clients, settings)
+                params = {"seed": seed, "rounds": rounds, "clients": clients, **settings, "learning-rate": rate}
+                lines.setdefault(AUTHORS, []).append(bench.arm(AUTHORS, work, **params))
+        columns = {"arm": "arm", **{f"accuracy-{name}": name for name in TASKS[data]}, **COLUMNS}
+        bench.table(
+            f"{data}: {', '.join(TASKS[data])}; {clients} clients, {rounds} rounds, {len(seeds)} seeds",
+            columns,
+            [average(name, rows, columns) for name, rows in lines.items()],
+        )
     bench.finish()
 
 
-def average(name: str, rows: Sequence[Row]) -> Row:
+def average(name: str, rows: Sequence[Row], columns: Mapping[str, str]) -> Row:
     """Return the means over the seeds."""
     return {"arm": name} | {
-        key: mean(row[key] for row in rows) for key in COLUMNS if key != "arm" and key in rows[0]
+        key: mean(row[key] for row in rows) for key in columns if key in rows[0] and key != "arm"
     }
 
 
