@@ -20,7 +20,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     pyplot = require("matplotlib.pyplot", "matplotlib")
     pyplot.rcParams.update({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False})
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4.4), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4.4), squeeze=False, sharey=True)
     for panel, task in zip(panels[0], tasks, strict=True):
         _panel(panel, [row for row in rows if row["task"] == task])
         panel.set_title(task, loc="left", fontweight="bold")
