@@ -31,7 +31,8 @@ def test_a_run_comes_to_the_means_of_its_last_rounds_and_the_clustering_of_its_s
 
 
 def test_seeds_are_averaged():
-    assert tac.average("TAC", [{"accuracy": 0.5, "rest": 1}, {"accuracy": 0.7, "rest": 2}]) == {
+    rows = [{"accuracy": 0.5, "rest": 1}, {"accuracy": 0.7, "rest": 2}]
+    assert tac.average("TAC", rows, {"arm": "arm", **tac.COLUMNS}) == {
         "arm": "TAC",
         "accuracy": pytest.approx(0.6),
     }
