@@ -16,10 +16,10 @@ PERFECT = "perfect link"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Write one panel for each task; the file's name says which format."""
+    """Write one panel for each task that loses replies; the file's name says which format."""
     pyplot = require("matplotlib.pyplot", "matplotlib")
     pyplot.rcParams.update({"font.size": 9, "svg.fonttype": "none", "axes.spines.top": False})
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["arm"] != PERFECT))
     figure, panels = pyplot.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4.4), squeeze=False, sharey=True)
     for panel, task in zip(panels[0], tasks, strict=True):
         _panel(panel, [row for row in rows if row["task"] == task])

@@ -2,7 +2,7 @@
 
 Its trainer runs as it is, from a clone; in place of what it would download it is given the rows, the tokens, the
 encoder and the partition of ``examples/multitask``. It trains adapters on query and value of all six blocks, and
-tests on all that it is given.
+tests on all that it is given. It sends nothing: its uplink is what its adapters would take in float32.
 """
 
 from __future__ import annotations

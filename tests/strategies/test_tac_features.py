@@ -13,6 +13,7 @@ from fedkit.clients import TacMod
 from fedkit.clients.tac import join_slots, split_slots
 from fedkit.errors import ConfigError, ReplyError
 from fedkit.message import from_arrays, read_instructions, to_arrays
+from fedkit.rehearsal import stand_in
 from fedkit.rounds import RoundGrid
 from fedkit.strategies import Tac
 from tests.helpers.grid import InProcessGrid
@@ -66,6 +67,12 @@ def test_noise_is_clustered_by_what_examples_are_like_and_asked_for_once():
     run(by_adapters, [client(name, asked) for name in TASKS])
     assert cluster_accuracy(by_adapters.state.assignment, TASKS) < 1.0
     assert not any(wanted for _, wanted in asked)
+
+
+def test_a_rehearsal_of_such_a_server_has_features_too():
+    strategy = tac(min_train_nodes=6)
+    run(strategy, [stand_in(ClientApp(mods=[TacMod()]))] * 6, rounds=2)
+    assert len(strategy.state.assignment) == len(strategy.state.evidence) == 6
 
 
 def test_a_resumed_run_does_not_ask_again(tmp_path):
