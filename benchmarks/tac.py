@@ -139,9 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--authors-rate", type=float, default=0.005, help="its learning rate (%(default)s)")
     options = arguments.parse_args(argv)
     if "FEDKIT_DATA_DIR" not in os.environ:
-        sys.exit(
-            f"Set FEDKIT_DATA_DIR to a folder with text/TASK/*.jsonl.gz of {TASKS['glue']}, or cifar/*.npz."
-        )
+        sys.exit(f"Set FEDKIT_DATA_DIR to a folder with text/TASK/*.jsonl.gz of {TASKS['glue']}, or cifar/*.npz.")
     logging.getLogger("fedkit").setLevel(logging.WARNING)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     bench = Bench("tac", options)
