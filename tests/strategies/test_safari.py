@@ -169,7 +169,7 @@ def test_masks_are_of_the_rows_that_travel(per):
             return replies
 
     apps = [rows_app(target) for target in targets(NUM)]
-    strategy = Safari(density=0.5, row_mask=RowMask(2, per=per), missing=missing, **DENSE)
+    strategy = Safari(density=0.5, rewire=1, row_mask=RowMask(2, per=per), missing=missing, **DENSE)
     params, result = run(strategy, apps, 16, Faults(drop=0.3), spy=Frames)
     shares = [sum(m.sum() for m in mask.values()) / 44 for mask in seen]
     assert 0.3 < min(shares) <= max(shares) < 0.7
