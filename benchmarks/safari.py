@@ -84,7 +84,7 @@ TASKS = {
     "cifar": {
         "CIFAR-10, whole updates": Task(local_tasks.cifar, 45, 1.0, CONDITIONS, {}),
         "CIFAR-10, 20 % dense": Task(local_tasks.cifar, 45, 0.2, CONDITIONS, {}),
-        "CIFAR-10, 20 % dense, rewire 0.5": Task(local_tasks.cifar, 45, 0.2, (NONE,), {"rewire": 0.5}),
+        "CIFAR-10, 20 % dense, rewire 1": Task(local_tasks.cifar, 45, 0.2, (NONE,), {"rewire": 1.0}),
     },
     "sst2": {
         "SST-2, whole updates": Task(text_lora.federation, 16, 1.0, (NONE,), {}),
