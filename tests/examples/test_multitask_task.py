@@ -186,7 +186,8 @@ def test_clustering_beats_one_shared_adapter_and_is_near_the_true_tasks(app, tmp
         "oracle": {"clustering": "oracle"},
         "fedavg": {"strategy": "fedavg"},
     }
-    rows = {name: run(app, tmp_path / name, num_rounds=6, seed=1, **arm) for name, arm in arms.items()}
+    options = {"num_rounds": 6, "test_rounds": 3, "seed": 1}
+    rows = {name: run(app, tmp_path / name, **options, **arm) for name, arm in arms.items()}
     accuracy = {name: np.mean([row["accuracy"] for row in rows[name][-3:]]) for name in arms}
     assert accuracy["tac"] >= accuracy["fedavg"] + 0.10
     assert accuracy["tac"] >= accuracy["oracle"] - 0.015
