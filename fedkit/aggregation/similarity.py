@@ -3,7 +3,7 @@
 ==========  ==========================================================================================
 metric      of two clients whose uploads came in one round
 ==========  ==========================================================================================
-"cosine"    of their updates, over the entries that both sent; the mean over all such rounds
+"cosine"    of their updates, over the entries that both sent; the mean over such rounds, recent ones counting more
 "l2"        minus the distance of their models, that of the last such round: as far as it is known, SAFARI's own
 ==========  ==========================================================================================
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 Metric: TypeAlias = Literal["cosine", "l2"]
 
+DECAY: Final = 0.7  # what the cosines of earlier rounds count beside a new one
 _COLUMNS: Final = 2**15  # entries that are looked at together: all that is copied of the uploads at a time
 
 
@@ -31,21 +32,22 @@ class Similarity:
 
     clients: tuple[str, ...] = ()
     sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
-    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    counts: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
 
     def observe(self, names: Sequence[str], values: NDArray[np.float64], *, keep_last: bool) -> Similarity:
         """Return this with one more value, shape (n, n), for every pair of `names`; NaN: none.
 
-        Several values of a pair are averaged, or the last one is kept.
+        Several values of a pair are averaged, the last one counting most, or the last one is kept.
         """
+        decay = 0.0 if keep_last else DECAY
         clients = (*self.clients, *(name for name in names if name not in self.clients))
         more = len(clients) - len(self.clients)
         sums, counts = np.pad(self.sums, (0, more)), np.pad(self.counts, (0, more))
         index = {name: i for i, name in enumerate(clients)}
         at = np.ix_(*[[index[name] for name in names]] * 2)
         known = ~np.isnan(values)
-        sums[at] = np.where(known, np.nan_to_num(values) + (0 if keep_last else sums[at]), sums[at])
-        counts[at] = np.where(known, 1 if keep_last else counts[at] + 1, counts[at])
+        sums[at] = np.where(known, np.nan_to_num(values) + decay * sums[at], sums[at])
+        counts[at] = np.where(known, 1 + decay * counts[at], counts[at])
         return Similarity(clients, sums, counts)
 
     def of(self, client: str) -> float:

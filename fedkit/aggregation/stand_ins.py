@@ -81,13 +81,13 @@ class Turn:
         for name, known in self._absent():
             kin = None if observes else self.similarity.nearest(name, list(by_name))
             own = self._last_update(name, known) if self.missing.own else None
-            if own is not None and (kin is None or kin[1] < self.similarity.of(name)):
-                self.stand_ins[name] = name
-                yield own
-            elif kin is not None:
-                self.stand_ins[name], sent = kin[0], by_name[kin[0]]
-                weight, arrays = self._weight(known), self._moved(name, sent)
-                yield replace(sent, client_id=name, num_examples=weight, arrays=arrays)
+            itself = name, self.similarity.of(name)
+            by, alike = itself if kin is None or (own is not None and kin[1] < itself[1]) else kin
+            share = 1.0 if self.missing.similarity == "l2" else alike
+            sent = own if by == name else by_name[by]
+            if sent is not None and share > 0:
+                self.stand_ins[name], weight = by, share * self._weight(known)
+                yield replace(sent, client_id=name, num_examples=weight, arrays=self._moved(name, sent))
 
     def _observe(self, arrived: list[Upload]) -> None:
         """Take note of who is alike, and who is like itself."""

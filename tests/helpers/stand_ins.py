@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,9 +37,9 @@ class Twin:
         items = [(weights[name] * rarity[name], *arrived[name]) for name in sorted(arrived)]
         self.observe(arrived)
         items += [
-            (self.weights[name], *sent)
+            (self.weights[name] * share, *sent)
             for name in sorted(everybody - set(arrived))
-            if (sent := self.for_missing(name, arrived)) is not None
+            for share, sent in self.for_missing(name, arrived)
         ]
         if self.missing.by == "reweight":
             absent = sum(self.weights[name] for name in everybody - set(arrived))
@@ -87,33 +87,39 @@ class Twin:
         """Return what a client sent last."""
         return next((arrived[name] for arrived in reversed(self.seen) if name in arrived), None)
 
-    def for_missing(self, name: str, arrived: Mapping[str, Sent]) -> Sent | None:
-        """Return what a missing client counts with."""
+    def for_missing(self, name: str, arrived: Mapping[str, Sent]) -> Iterator[tuple[float, Sent]]:
+        """Yield what a missing client counts with, if anything, and with how much of its weight."""
         own, by = self.last(name), self.missing.by
-        if by == "mifa":
+        if by == "mifa" and own is not None:
             self.stand_ins[name] = name
-            return own
+            yield 1.0, own
         if by != "safari":
-            return None
+            return
         alike = dict(self.kin(name, arrived)) if len(self.seen) >= self.missing.warmup_rounds else {}
         best = max(alike, key=lambda j: round(alike[j], 9)) if alike else None
-        if self.missing.own and (best is None or alike[best] < np.mean(self.cosines.get((name, name), [0.0]))):
-            self.stand_ins[name] = name
-            return own
-        if best is None:
-            return None
-        self.stand_ins[name] = best
-        update, mask = arrived[best]
-        if self.missing.surrogate == "update":
-            self.models[name] = self.models[name] + update
-            update = self.models[name] - self.theta
-        return update, mask
+        itself = recent(self.cosines.get((name, name), [0.0]))
+        if self.missing.own and (best is None or alike[best] < itself):
+            if own is not None and itself > 0:
+                self.stand_ins[name] = name
+                yield itself, own
+        elif best is not None and (self.missing.similarity == "l2" or alike[best] > 0):
+            self.stand_ins[name] = best
+            update, mask = arrived[best]
+            if self.missing.surrogate == "update":
+                self.models[name] = self.models[name] + update
+                update = self.models[name] - self.theta
+            yield (1.0 if self.missing.similarity == "l2" else alike[best]), (update, mask)
 
     def kin(self, name: str, arrived: Mapping[str, Sent]) -> Iterator[tuple[str, float]]:
         """Yield who may stand in, and how alike they are."""
         for other in sorted(arrived):
             if (name, other) in self.cosines:
-                yield other, float(np.mean(self.cosines[name, other]))
+                yield other, recent(self.cosines[name, other])
+
+
+def recent(values: Sequence[float]) -> float:
+    """Return the mean of values, each of which counts 0.7 of its successor."""
+    return float(np.average(values, weights=0.7 ** np.arange(len(values))[::-1]))
 
 
 def flat(arrays: Mapping[str, Any]) -> np.ndarray:
