@@ -23,9 +23,10 @@ Deviations from the paper
 The paper was known through its abstract and a third-party replication. `fedkit.strategies.Safari.published`
 follows those: similarity −‖w_i − w_j‖, last value kept; ``θ ← (1/N) Σ w_i``, which shrinks entries that few
 clients keep; no warm-up. The default differs where that was measured to be worse: similarity is the running mean
-of the cosine of updates over the entries that both sent, an entry is averaged over those that keep it, clients
-count by their examples, and the first rounds only observe. In both, similarity is between uploads of one round,
-so that the server need keep no model of a client; a missing client whose similarity to all that arrived is
+of the cosine of updates over the entries that both sent, recent rounds counting more; a surrogate weighs as much
+as it is similar, so that it fades where updates are mostly noise; an entry is averaged over those that keep it,
+clients count by their examples, and the first rounds only observe. In both, similarity is between uploads of one
+round, so that the server need keep no model of a client; a missing client whose similarity to all that arrived is
 unknown, or that was never heard from, has no surrogate; and if nobody answered, the parameters stay.
 """
 

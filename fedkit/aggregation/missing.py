@@ -6,7 +6,8 @@ choice      a missing client
 "drop"      counts for nothing: the mean is over those that answered
 "reweight"  counts for nothing now, and more when it answers: by the mean number of rounds between its answers
 "mifa"      counts with the update that it sent last
-"safari"    counts with the update that its most similar client sent in this round, or with its own last one
+"safari"    counts with the update that its most similar client sent in this round, or with its own last one;
+            at a cosine of 0.5 with half of its weight
 ==========  ==================================================================================================
 
 Missing is who was asked and sent nothing that could be used; where all that can be asked are asked, also who
@@ -43,7 +44,7 @@ class Missing:
     by : {"safari", "mifa", "reweight", "drop"}
         See the module.
     similarity : {"cosine", "l2"}
-        Of "safari": what makes clients alike.
+        Of "safari": what makes clients alike. With cosines a surrogate weighs as much as it is alike.
     surrogate : {"model", "update"}
         Of "safari". "model": a missing client has its kin's model, which is the kin's update once more, for both
         started alike. "update": its own last model moves on by its kin's update, which the server must remember.

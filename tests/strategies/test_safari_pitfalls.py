@@ -136,10 +136,24 @@ def test_of_equals_the_lowest_id_stands_in():
 
 def test_only_who_arrived_can_stand_in():
     """The most similar client of all may be missing, too."""
-    a, c = RNG.normal(size=SIZE), RNG.normal(size=SIZE)
+    a = RNG.normal(size=SIZE)
+    c = a + RNG.normal(size=SIZE)
     first = [upload("0", a), upload("1", a), upload("2", c)]
     *_, last = play(server(Missing(own=False, warmup_rounds=0)), [first, [upload("2", c)]])
     assert last.stand_ins == {"0": "2", "1": "2"}
+
+
+def test_a_stand_in_weighs_as_much_as_it_is_alike():
+    """Measured: at full weight, where updates are mostly noise, stand-ins do more harm than good."""
+    a, b = np.eye(2, SIZE)
+    near, new, other = a + b, RNG.normal(size=SIZE), RNG.normal(size=SIZE)  # cosine of near and a: 0.707
+    first = [upload("0", a), upload("1", near), upload("2", -a)]
+    rule = server(Missing(own=False, warmup_rounds=0))
+    before, last = play(rule, [first, [upload("1", new), upload("2", other)]])
+    assert last.stand_ins == {"0": "1"}
+    expected = (1.707107 * new + other) / 2.707107
+    np.testing.assert_allclose(last.params["w"] - before.params["w"], expected, atol=1e-5)
+    assert play(rule, [first, [upload("2", other)]])[-1].stand_ins == {}, "nobody is like his opposite"
 
 
 def test_a_model_copied_is_not_an_update_added_to_its_own():
