@@ -68,7 +68,7 @@ def test_the_small_form_from_end_to_end(tmp_path):
     ],
 )
 def test_biased_losses_cost_little_on_the_digits(name, above):
-    """At 60 % sparsity: within 1.5 points of a perfect link, in at most twice the rounds; and no less than dropping.
+    """At 60 % sparsity: within 1.5 points of a perfect link, in at most twice the rounds, not below dropping.
 
     Dropping itself does better here than where the bounds come from: 8 points above it are out of reach.
     """

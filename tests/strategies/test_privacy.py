@@ -57,7 +57,7 @@ def test_local_dp_inside_the_mod_adds_its_noise_before_it_is_coded(quantizer):
     [
         (Aquila, AquilaMod),
         (partial(ErrorFeedback, quantizer=ZeroMidTread(8, 8)), ErrorFeedbackMod),
-        (Safari, SafariMod),
+        (partial(Safari, density=0.5), SafariMod),
     ],
     ids=["aquila", "error-feedback", "safari"],
 )

@@ -21,6 +21,7 @@ from fedkit.message import read_frame, read_report
 from tests.helpers.quadratic import LIKE
 from tests.helpers.schedules.clients import Clients, History, check, total, values
 from tests.helpers.schedules.plan import Plan
+from tests.helpers.stand_ins import recent
 
 Exact = NDArray[np.float64]
 
@@ -185,9 +186,10 @@ class Server:
             everybody = self.plan.options["fraction_train"] >= 1
             wanted = set(before) if everybody else set(self.names.values()) & set(before)
             for missing in sorted(wanted - set(sent)):
-                if kin := self.kin(missing, sorted(sent)):
+                kin, alike = self.kin(missing, sorted(sent))
+                if alike > 0:
                     choices.append(kin)
-                    weights_of.append(self.now.weights[missing])
+                    weights_of.append(alike * self.now.weights[missing])
         self.now.observed += 1
         steps = []
         for chosen in itertools.islice(itertools.product(*choices), 256):
@@ -212,10 +214,11 @@ class Server:
             if norms > 0:
                 self.now.cosines.setdefault(frozenset((a, b)), []).append(float(u @ v) / norms)
 
-    def kin(self, missing: str, among: Sequence[str]) -> list[str]:
-        """Return who is most similar to a client; several, if they are equally so."""
-        means = {c: np.mean(v) for c in among if (v := self.now.cosines.get(frozenset((missing, c))))}
-        return [c for c, mean in means.items() if mean >= max(means.values()) - 1e-9]
+    def kin(self, missing: str, among: Sequence[str]) -> tuple[list[str], float]:
+        """Return who is most similar to a client, and how similar; several, if they are equally so."""
+        means = {c: recent(v) for c in among if (v := self.now.cosines.get(frozenset((missing, c))))}
+        most = max(means.values(), default=0.0)
+        return [c for c, mean in means.items() if mean >= most - 1e-9], most
 
     # ---- comparison ----------------------------------------------------------------------------
 
