@@ -86,7 +86,8 @@ class Turn:
             share = 1.0 if self.missing.similarity == "l2" else alike
             sent = own if by == name else by_name[by]
             if sent is not None and share > 0:
-                self.stand_ins[name], weight = by, share * self._weight(known)
+                self.stand_ins[name] = by
+                weight = share * self._weight(known)
                 yield replace(sent, client_id=name, num_examples=weight, arrays=self._moved(name, sent))
 
     def _observe(self, arrived: list[Upload]) -> None:
