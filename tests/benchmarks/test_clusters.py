@@ -44,7 +44,7 @@ def test_seeds_are_averaged():
 @pytest.mark.skipif("FEDKIT_DATA_DIR" not in os.environ, reason="needs FEDKIT_DATA_DIR with cifar/")
 def test_two_image_tasks_are_trained_and_clustered(tmp_path):
     tac_images.prepare(str(tmp_path), 2)
-    settings = tac.SETTINGS | {"examples": 100, "local-steps": 1, "test-rounds": 1}
+    settings = tac.SETTINGS["cifar"] | {"examples": 100, "local-steps": 1, "test-rounds": 1}
     row = tac.measure("cifar", tac.ARMS["TAC, by features"], 0, 1, 3, settings)
     assert {"accuracy-cifar10", "accuracy-cifar100", "clustering"} <= row.keys()
     assert row["parameters"] == 2 * (2 * 2 * 192 + 50 * 193)
