@@ -67,8 +67,8 @@ SMALL: dict[str, Any] = {"examples": 100, "local-steps": 1}
 ROUNDS = {"glue": 6, "cifar": 10, "digits": 10}
 ARMS: dict[str, dict[str, Any]] = {
     "TAC, rank 1 per task": {"strategy": "tac"},
+    "TAC, by adapters alone": {"strategy": "tac", "strategy-options": "evidence='adapters'"},
     "TAC, by the updates of all rounds": {"strategy": "tac", "strategy-options": "evidence='updates'"},
-    "TAC, by features": {"strategy": "tac", "strategy-options": "evidence='features'"},
     "FedIT, rank 16": {"strategy": "fedavg"},
     "oracle: told the tasks": {"strategy": "tac", "clustering": "oracle"},
     "FedIT, rank 16, a head per task": {"strategy": "fedavg", "heads": "per-task"},

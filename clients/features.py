@@ -1,7 +1,8 @@
 """Features: what the head of a model is given of a slot's examples while the slot is trained.
 
-Their mean says which texts or images the slot's task is about. A server that asks for it, `Tac` with
-``evidence="features"``, gets it once per client, and clusters slots by it: `fedkit.aggregation.evidence`.
+Their mean says which texts or images the slot's task is about. `Tac` asks each client for it once, and clusters
+slots by it where that tells them apart; by their adapters else, and if an app does not say it:
+`fedkit.aggregation.evidence`.
 """
 
 from __future__ import annotations

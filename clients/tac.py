@@ -33,7 +33,7 @@ from .base import Coded, Job, UpdateMod
 __all__ = ["TacMod", "join_slots", "split_slots"]
 
 
-ASKED: Final = (
+NONE: Final = (
     "the server tells slots apart by features, and the app's reply holds none. "
     "Train with `train_slots(model, received, trainings, Features(message))`."
 )
@@ -97,11 +97,11 @@ class TacMod(UpdateMod):
     def _code_reply(self, content: RecordDict, given: NamedArrays, beside: Beside, job: Job) -> Coded:
         """Take the slots' features out of the app's reply, too; they go up if the server asked for them."""
         record = content.pop(FEATURES, None)
-        coded = super()._code_reply(content, given, beside, job)
-        if coded.frame is None or not job.instructions.options.get(FEATURES):
+        coded, asked = super()._code_reply(content, given, beside, job), job.instructions.options.get(FEATURES)
+        if coded.frame is None or not asked or (asked == "may" and record is None):
             return coded
         if not isinstance(record, ConfigRecord) or not isinstance(text := record.get("means"), str):
-            raise FedkitError(ASKED)
+            raise FedkitError(NONE)
         return replace(coded, options={**coded.options, FEATURES: text})
 
 

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from fedkit.aggregation.cluster import Clustered, ClusterState
-from fedkit.aggregation.evidence import FEATURES, Evidence, features_from_text, slot_name
+from fedkit.aggregation.evidence import ASKED, FEATURES, Evidence, features_from_text, slot_name
 from fedkit.aggregation.identities import Assignment
 from fedkit.aggregation.lazy import LazyMean
 from fedkit.aggregation.mean import MaskedMean, Mean
@@ -60,12 +60,11 @@ class Tac(UpdateStrategy[ClusterState]):
         Whether there are that many, or as many, up to that, as fit best.
     signature : {"factors", "product"}
         What of adapters is compared: the LoRA factors, or their products.
-    evidence : {"adapters", "updates", "features"}
+    evidence : {"auto", "adapters", "updates", "features"}
         What slots are told apart by, see `fedkit.aggregation.evidence`: the adapters of the round, as published;
-        their updates of all rounds, of which the server keeps 8 KiB a slot: where training is too short for one
-        round to tell, a slot finds its cluster later; or what their examples are to the frozen model, which
-        clients say once, if the app trains with `fedkit.clients.features.Features`: for tasks about different
-        examples, however short training is.
+        their updates of all rounds, of which the server keeps 8 KiB a slot; or what their examples are to the
+        frozen model, however short training is, which clients say once if their app trains with
+        `fedkit.clients.features.Features`. "auto": features, where apps say them and they form clusters.
     max_slots : int, optional
         How many adapters one client may send; as many as there are clusters if unset.
     quantizer : Quantizer
@@ -115,7 +114,7 @@ class Tac(UpdateStrategy[ClusterState]):
         num_clusters: int,
         number: Number = "given",
         signature: Signature = "factors",
-        evidence: Evidence = "adapters",
+        evidence: Evidence = "auto",
         max_slots: int | None = None,
         quantizer: Quantizer | None = None,
         density: float = 1.0,
@@ -157,7 +156,7 @@ class Tac(UpdateStrategy[ClusterState]):
     @classmethod
     def published(cls, **options: Any) -> Self:
         """Return FL-TAC as published: k-means alone says which adapters are for one task."""
-        return cls(**{"distinct": False, "anchored": False, "screened": False, **options})
+        return cls(**{"evidence": "adapters", "distinct": False, "anchored": False, "screened": False, **options})
 
     # ---- what the strategy remembers -----------------------------------------------------------
 
@@ -195,18 +194,17 @@ class Tac(UpdateStrategy[ClusterState]):
         """Return the clusters of a node's slots; none if it is not known."""
         return self.state.assignment.get(self.registry.names([node_id]).get(node_id, ""), ())
 
-    def _lacks_features(self, client: str, num_slots: int) -> bool:
-        """Return whether slots are told apart by features, and those of some of a client's are not known."""
+    def _told(self, client: str, num_slots: int) -> bool:
+        """Return whether features of all of a client's slots are known."""
         known = self.state.evidence
-        told = num_slots > 0 and all(slot_name(client, slot) in known for slot in range(num_slots))
-        return self.evidence == "features" and not told
+        return num_slots > 0 and all(slot_name(client, slot) in known for slot in range(num_slots))
 
     def check(self, node_id: int, report: Report) -> None:
         """Refuse slots that cannot be told apart."""
         num_slots, features = _num_slots(report, self.max_slots), report.options.get(FEATURES)
         if features is not None:
             features_from_text(features, num_slots)
-        elif not report.skipped and self._lacks_features(report.client_id, num_slots):
+        elif self.evidence == "features" and not (report.skipped or self._told(report.client_id, num_slots)):
             raise ReplyError("features: the server has none of its slots, and they did not come.")
 
     def _options_of(self, node_id: int, known: dict[str, Mapping[str, Scalar]]) -> Mapping[str, Scalar]:
@@ -219,8 +217,8 @@ class Tac(UpdateStrategy[ClusterState]):
         elif self.density < 1:
             options |= {CODING: "masked", "density": self.density, "seed": self.seed}
         client = self.registry.names([node_id]).get(node_id, "")
-        if self._lacks_features(client, len(self._clusters_of(node_id))):
-            options |= {FEATURES: True}
+        if self.evidence in ASKED and not self._told(client, len(self._clusters_of(node_id))):
+            options |= {FEATURES: ASKED[self.evidence]}
         return options
 
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:

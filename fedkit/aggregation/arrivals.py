@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ from fedkit.aggregation.slots import count_slots, split_slots
 from fedkit.aggregation.tasks import Tasks, overlong
 from fedkit.arrays import Mask, NamedArrays, add, num_values, squared_norm, unflatten
 
+Found: TypeAlias = tuple[Points, list[int]]
+"""A row for each adapter, and its cluster."""
+
 KEPT: Final = 2**27
 """Bytes of arrays that are kept from the first pass to the second."""
 
@@ -38,7 +41,7 @@ class Seen:
     points: Points  # one row each: `fedkit.aggregation.signatures`
     labels: Sequence[int]  # the cluster of each
     aside: NDArray[np.bool_]  # whether it counts for nothing
-    evidence: Sums = field(default_factory=dict)  # of all slots that ever sent; empty if adapters are compared
+    evidence: Sums = field(default_factory=dict)  # of all slots that ever sent, as far as it is known
 
     def assignment(self) -> dict[str, tuple[int, ...]]:
         """Return the clusters of each client's slots."""
@@ -69,7 +72,7 @@ class Arrivals:
     lazy : LazyState, optional
         What the server has from each slot, if uploads add to that; None: they are all there is.
     evidence : Sums, optional
-        What slots sent in former rounds, if their updates are compared.
+        What is known of slots besides this round's adapters.
     """
 
     def __init__(
@@ -104,11 +107,9 @@ class Arrivals:
         )
         for slot, (start, update) in enumerate(zip(starts, updates, strict=True)):
             whole = self._whole(upload, slot, update)
-            if self.tasks.evidence == "updates":
-                self._told.append(told(start, whole, self.tasks.signature))
-            elif self.tasks.evidence == "features":
-                self._told.append(features[slot])
-            else:
+            by_updates = self.tasks.evidence == "updates"
+            self._told.append(told(start, whole, self.tasks.signature) if by_updates else features[slot])
+            if self.tasks.evidence in ("adapters", "auto"):
                 self._signatures.add(add(start, whole))
             self._lengths.append(math.sqrt(squared_norm(whole)))
             self._slots.append(Slot(len(self._uploads), slot, start))
@@ -120,9 +121,42 @@ class Arrivals:
     def cluster(self, before: Assignment) -> Seen:
         """Return where all belong, given where slots belonged before."""
         clients = [self._uploads[one.number].client_id for one in self._slots]
+        slots = [one.slot for one in self._slots]
+        names = [slot_name(client, slot) for client, slot in zip(clients, slots, strict=True)]
         aside = overlong(self._lengths) if self.tasks.screened else np.zeros(len(clients), np.bool_)
-        if self.tasks.evidence != "adapters":
-            return self._by_evidence(clients, aside, before)
+        evidence = self._gathered(names, aside)
+        found = self._by_evidence(names, evidence, before)
+        points, labels = found or self._by_adapters(clients, aside, before)
+        self._seen = Seen(clients, slots, points, labels, aside, evidence)
+        return self._seen
+
+    def _gathered(self, names: Sequence[str], aside: NDArray[np.bool_]) -> Sums:
+        """Return what is known of slots, with what came in this round."""
+        evidence, kind = dict(self._evidence), self.tasks.evidence
+        for name, row, odd in zip(names, self._told, aside, strict=True):
+            if kind in ("features", "auto") and row is not None:
+                evidence[name] = (1, row)
+            elif kind == "updates" and row is not None and not odd:
+                evidence[name] = summed(evidence.get(name), row)
+            elif kind in ("features", "updates") and name not in evidence:
+                evidence[name] = (0, np.zeros((2, WIDTH), np.float32))
+        return evidence
+
+    def _by_evidence(self, names: Sequence[str], evidence: Sums, before: Assignment) -> Found | None:
+        """Return rows and clusters by what is known of slots, also absent ones; or None: go by adapters."""
+        if self.tasks.evidence == "adapters" or not evidence or not evidence.keys() >= set(names):
+            return None
+        tasks = replace(self.tasks, evidence="features") if self.tasks.evidence == "auto" else self.tasks
+        points, former = compared(evidence, before, len(self.clusters))
+        labels = tasks.label([name.rpartition("#")[0] for name in evidence], points, former)
+        if not self.tasks.apart(points, labels):
+            return None
+        places = {name: number for number, name in enumerate(evidence)}
+        chosen = [places[name] for name in names]
+        return points[chosen], [labels[i] for i in chosen]
+
+    def _by_adapters(self, clients: Sequence[str], aside: NDArray[np.bool_], before: Assignment) -> Found:
+        """Return rows and clusters by the adapters of this round."""
         rows = self._signatures.rows()
         former, points = rows[: len(self.clusters)], rows[len(self.clusters) :]
         held = sorted({label for labels in before.values() for label in labels})
@@ -130,34 +164,12 @@ class Arrivals:
         if len(clients):
             counted = [client for client, odd in zip(clients, aside, strict=True) if not odd]
             labels[~aside] = self.tasks.label(counted, points[~aside], former, held)
-        for number in np.flatnonzero(aside):
+        for number in np.flatnonzero(aside).tolist():
             known = before.get(clients[number], ())
             slot = self._slots[number].slot
             nearest = int(distances(points[number : number + 1], former).argmin())
             labels[number] = known[slot] if slot < len(known) else nearest
-        slots = [one.slot for one in self._slots]
-        self._seen = Seen(clients, slots, points, [int(label) for label in labels], aside)
-        return self._seen
-
-    def _by_evidence(self, clients: Sequence[str], aside: NDArray[np.bool_], before: Assignment) -> Seen:
-        """Return the same by what is known of slots; those of absent clients are clustered along."""
-        evidence, slots = dict(self._evidence), [one.slot for one in self._slots]
-        names = [slot_name(client, slot) for client, slot in zip(clients, slots, strict=True)]
-        for name, row, odd in zip(names, self._told, aside, strict=True):
-            if row is not None and self.tasks.evidence == "features":
-                evidence[name] = (1, row)
-            elif row is not None and not odd:
-                evidence[name] = summed(evidence.get(name), row)
-            elif name not in evidence:
-                evidence[name] = (0, np.zeros((2, WIDTH), np.float32))
-        points, former = compared(evidence, before, len(self.clusters))
-        labels: list[int] = []
-        if evidence:
-            labels = self.tasks.label([name.rpartition("#")[0] for name in evidence], points, former)
-        places = {name: number for number, name in enumerate(evidence)}
-        chosen = [places[name] for name in names]
-        self._seen = Seen(clients, slots, points[chosen], [labels[i] for i in chosen], aside, evidence)
-        return self._seen
+        return points, [int(label) for label in labels]
 
     def uploads(self, k: int, cohort: Cohort) -> Iterator[Upload]:
         """Yield those of one cluster, each slot as an upload of its own to the cluster's adapter."""

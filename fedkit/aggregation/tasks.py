@@ -45,7 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.aggregation.alike import alike
-from fedkit.aggregation.evidence import Evidence
+from fedkit.aggregation.evidence import APART, Evidence
 from fedkit.aggregation.identities import match
 from fedkit.aggregation.kmeans import Points, distances, kmeans
 from fedkit.aggregation.signatures import Signature, Signatures
@@ -76,7 +76,7 @@ class Tasks:
         Whether there are that many, or fewer if that fits better.
     signature : {"factors", "product"}
         What of adapters is compared: `fedkit.aggregation.signatures`.
-    evidence : {"adapters", "updates", "features"}
+    evidence : {"auto", "adapters", "updates", "features"}
         Whether the adapters of a round are clustered, the updates of all rounds, or what examples are to the
         frozen model: `fedkit.aggregation.evidence`.
     distinct : bool
@@ -101,7 +101,7 @@ class Tasks:
     anchored: bool = True
     screened: bool = True
     seed: int = 0
-    evidence: Evidence = "adapters"
+    evidence: Evidence = "auto"
 
     def __post_init__(self) -> None:
         if self.num_clusters < 1:
@@ -113,6 +113,10 @@ class Tasks:
         Signatures(self.signature)
         if find_spec("scipy") is None:
             raise ConfigError('clustering needs scipy, which is missing. Do: pip install "fedkit[cluster]".')
+
+    def apart(self, points: Points, labels: Sequence[int]) -> bool:
+        """Return whether to go by clusters of features: "auto" does if they are separate."""
+        return self.evidence != "auto" or silhouette(points, labels, seed=self.seed) >= APART
 
     def label(self, clients: Sequence[str], points: Points, former: Points, held: Sequence[int] = ()) -> list[int]:
         """Return the cluster of each adapter.
@@ -128,7 +132,8 @@ class Tasks:
         held : Sequence[int]
             The clusters that have slots.
         """
-        anchors = former[list(held)] if self.anchored and self.evidence == "adapters" else former[:0]
+        of_adapters = self.evidence in ("adapters", "auto")  # "auto" with features is asked as "features"
+        anchors = former[list(held)] if self.anchored and of_adapters else former[:0]
         owners = _apart(clients, points) if self.distinct else [f"{_ANCHOR}{row}" for row in range(len(points))]
         for k in range(len(anchors)):  # as many tasks as clusters only if that is given
             owners.append(_ANCHOR if self.number == "given" else f"{_ANCHOR}cluster {k}")
@@ -147,7 +152,7 @@ class Tasks:
         return found
 
     def _split(self, points: Points, count: int, owners: Sequence[str], known: Points | None) -> list[int]:
-        if self.evidence == "adapters":
+        if self.evidence != "updates":
             return kmeans(points, count, seed=self.seed, owners=owners, known=known)
         nearest = None if known is None or len(known) > count else distances(points, known).argmin(axis=1).tolist()
         return alike(points, count, seed=self.seed, owners=owners, known=nearest)

@@ -45,6 +45,6 @@ def test_seeds_are_averaged():
 def test_two_image_tasks_are_trained_and_clustered(tmp_path):
     tac_images.prepare(str(tmp_path), 2)
     settings = tac.SETTINGS["cifar"] | {"examples": 100, "local-steps": 1, "test-rounds": 1}
-    row = tac.measure("cifar", tac.ARMS["TAC, by features"], 0, 1, 3, settings)
+    row = tac.measure("cifar", tac.ARMS["TAC, rank 1 per task"], 0, 1, 3, settings)
     assert {"accuracy-cifar10", "accuracy-cifar100", "clustering"} <= row.keys()
     assert row["parameters"] == 2 * (2 * 2 * 192 + 50 * 193)

@@ -1,4 +1,4 @@
-"""Slots told apart by features: from the first round, however alike adapters are; said once; bad ones refused."""
+"""Slots told apart by features: from the first round; said once; by default only where they form clusters."""
 
 import logging
 
@@ -7,8 +7,9 @@ import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedkit.aggregation.evidence import FEATURES, MOST, WIDTH, features_from_text, features_to_text
+from fedkit.aggregation.evidence import FEATURES, MOST, WIDTH, compared, features_from_text, features_to_text
 from fedkit.aggregation.identities import cluster_accuracy
+from fedkit.aggregation.tasks import Tasks
 from fedkit.clients import TacMod
 from fedkit.clients.tac import join_slots, split_slots
 from fedkit.errors import ConfigError, ReplyError
@@ -69,6 +70,54 @@ def test_noise_is_clustered_by_what_examples_are_like_and_asked_for_once():
     assert not any(wanted for _, wanted in asked)
 
 
+def test_by_default_features_count_where_they_form_clusters():
+    asked, strategy = [], tac(evidence="auto")
+    run(strategy, [client(name, asked) for name in TASKS])
+    assert cluster_accuracy(strategy.state.assignment, TASKS) == 1.0
+    assert sorted(name for name, wanted in asked if wanted) == sorted(TASKS)
+
+
+@pytest.mark.parametrize("silent", [list(TASKS), ["2"], []], ids=["nobody has any", "one has none", "noise"])
+def test_by_default_adapters_count_where_features_do_not(silent):
+    """To the bit: as if nobody had been asked."""
+    rng = np.random.default_rng(1)
+    noise = {name: rng.normal(size=(len(tasks), 24)).astype(np.float32) for name, tasks in TASKS.items()}
+    says = {name: "" if name in silent else None if silent else features_to_text(noise[name]) for name in TASKS}
+    ends = []
+    for evidence in ("auto", "adapters"):
+        strategy = tac(evidence=evidence, min_train_nodes=6)
+        end = run(strategy, [client(name, [], says=says[name]) for name in TASKS])
+        ends.append((strategy.state.assignment, to_arrays(end.arrays)))
+    assert ends[0][0] == ends[1][0]
+    for name, array in ends[0][1].items():
+        np.testing.assert_array_equal(array, ends[1][1][name])
+
+
+def test_features_of_clients_whose_examples_differ_more_than_tasks_do_are_not_apart():
+    rng, owners = np.random.default_rng(0), [str(i) for i in range(12) for _ in range(3)]
+    means = np.repeat(rng.normal(size=(12, 24)), 3, axis=0) + rng.normal(size=(36, 24)) / 4
+    rows = {
+        f"{owner}#{i % 3}": (1, widened(row)) for i, (owner, row) in enumerate(zip(owners, means, strict=True))
+    }
+    points, former = compared(rows, {}, 3)
+    labels = Tasks(3, evidence="features").label(owners, points, former)
+    assert not Tasks(3).apart(points, labels)
+    assert Tasks(3, evidence="features").apart(points, labels), "who asks for features gets them"
+
+
+def test_features_that_are_far_off_move_no_other_slot():
+    asked, strategy = [], tac(evidence="auto", min_train_nodes=6)
+    far = features_to_text(np.full((2, 24), 6e4, np.float32))
+    run(strategy, [client(name, asked, says=far if name == "0" else None) for name in TASKS])
+    others = {name: tasks for name, tasks in TASKS.items() if name != "0"}
+    assert cluster_accuracy({name: strategy.state.assignment[name] for name in others}, others) == 1.0
+
+
+def widened(row):
+    """A slot's row as the server keeps it."""
+    return np.stack([np.pad(row, (0, WIDTH - len(row))), np.zeros(WIDTH)]).astype(np.float32)
+
+
 def test_a_rehearsal_of_such_a_server_has_features_too():
     strategy = tac(min_train_nodes=6)
     run(strategy, [stand_in(ClientApp(mods=[TacMod()]))] * 6, rounds=2)
@@ -120,5 +169,5 @@ def test_what_cannot_be_features_is_a_reply_error():
     for text in (features_to_text(np.zeros((1, 5), np.float32))[:-4], "AAA", 7, "é"):
         with pytest.raises(ReplyError, match="features: expected 1 to 512"):
             features_from_text(text, 3)
-    with pytest.raises(ConfigError, match="evidence: expected one of adapters, updates, features"):
+    with pytest.raises(ConfigError, match="evidence: expected one of auto, adapters, updates, features"):
         tac(evidence="labels")
