@@ -148,8 +148,9 @@ class Arrivals:
             return None
         tasks = replace(self.tasks, evidence="features") if self.tasks.evidence == "auto" else self.tasks
         points, former = compared(evidence, before, len(self.clusters))
-        labels = tasks.label([name.rpartition("#")[0] for name in evidence], points, former)
-        if not self.tasks.apart(points, labels):
+        clients = [name.rpartition("#")[0] for name in evidence]
+        labels = tasks.label(clients, points, former)
+        if not self.tasks.apart(clients, points, labels):
             return None
         places = {name: number for number, name in enumerate(evidence)}
         chosen = [places[name] for name in names]

@@ -6,7 +6,7 @@ evidence        what of a slot is clustered
 ``"adapters"``  the adapter of this round, as FL-TAC has it: `fedkit.aggregation.signatures`
 ``"updates"``   the sum of its updates of all rounds so far, the t-th weighted by 1/t
 ``"features"``  the mean of what its examples are to the frozen model, sent once
-``"auto"``      features, if all slots of the round have them and they form clusters (`APART`); else adapters
+``"auto"``      features, if all slots of the round have them and their clusters are clear; else adapters
 ==============  ==============================================================================================
 
 All but the adapters are ours. An adapter is the one that its slot started from, its cluster's, and a small
@@ -20,12 +20,12 @@ are clustered by `fedkit.aggregation.alike`.
 Features say which texts or images a task is about, from the first round on and however short training is. They
 are the mean of what the model's head is given while the slot is trained for the first time, up to 1.4 kB
 (`fedkit.clients.features`). Two tasks about the same examples have the same features: nothing tells them apart
-then, and "auto" goes by the adapters. So it does where clients' examples differ more than tasks' do, if clients
-have several tasks; if each has only one, features tell clients apart. And the server learns what the mean example
-of a slot is like, of which updates say less; Flower's `LocalDpMod` does not cover it. Clients that are clustered
-by statistics of their data, which they send before all training: S. Vahidian et al., "Efficient Distribution
-Similarity Identification in Clustered Federated Learning via Principal Angles Between Client Data Subspaces",
-AAAI 2023.
+then, and "auto" goes by the adapters (`fedkit.aggregation.tasks.Tasks.apart`). So it does where clients' examples
+differ more than tasks' do, if clients have several tasks; if each has only one, features tell clients apart. And
+the server learns what the mean example of a slot is like, of which updates say less; Flower's `LocalDpMod` does
+not cover it. Clients that are clustered by statistics of their data, which they send before all training:
+S. Vahidian et al., "Efficient Distribution Similarity Identification in Clustered Federated Learning via Principal
+Angles Between Client Data Subspaces", AAAI 2023.
 
 Of each slot the server keeps a row for its LoRA factors and one for all other arrays, the head: exact up to
 `WIDTH` values, else sketched, which is linear, so that a sum of sketches is the sketch of the sum. Sums are
@@ -64,9 +64,6 @@ ASKED: Final[Mapping[str, str]] = {"features": "must", "auto": "may"}
 """What instructions say of them, by evidence: whether a reply without any is refused."""
 MOST: Final = 512
 """Features of a slot, at most; more are sketched."""
-APART: Final = 0.1
-"""The least mean silhouette of features that "auto" goes by. Five tasks of GLUE on ten clients have .16 to .19,
-noise up to .08."""
 FAR: Final = 4.0
 """A row that is this many times as far from the middle as the median one does not count in the mean."""
 

@@ -37,7 +37,7 @@ have is near zero. It is chosen anew in each round.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Final, Literal, TypeAlias, get_args
 
@@ -45,7 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.aggregation.alike import alike
-from fedkit.aggregation.evidence import APART, Evidence
+from fedkit.aggregation.evidence import Evidence
 from fedkit.aggregation.identities import match
 from fedkit.aggregation.kmeans import Points, distances, kmeans
 from fedkit.aggregation.signatures import Signature, Signatures
@@ -57,6 +57,13 @@ STRUCTURE: Final = 0.05
 """The least mean silhouette of what counts as clusters."""
 SAMPLE: Final = 1000
 """Of how many adapters, at most, silhouettes are computed."""
+CLEARER: Final = 2.0
+"""How many times as large as that of noise the mean silhouette of features must be that "auto" goes by.
+
+Found in the first round: five tasks about the same digits .7 to 1.1 times, five tasks of GLUE 2.3 to 7.
+"""
+DRAWS: Final = 5
+"""How often noise is drawn."""
 TIMES: Final = 4.0
 """An update that is no longer than so many median ones is usual, however alike the others are."""
 
@@ -114,9 +121,22 @@ class Tasks:
         if find_spec("scipy") is None:
             raise ConfigError('clustering needs scipy, which is missing. Do: pip install "fedkit[cluster]".')
 
-    def apart(self, points: Points, labels: Sequence[int]) -> bool:
-        """Return whether to go by clusters of features: "auto" does if they are separate."""
-        return self.evidence != "auto" or silhouette(points, labels, seed=self.seed) >= APART
+    def apart(self, clients: Sequence[str], points: Points, labels: Sequence[int]) -> bool:
+        """Return whether to go by clusters of features: "auto" does if they are clearer than those of noise.
+
+        Noise that is as wide as the rows along each of their principal axes, as the reference of the gap statistic
+        (R. Tibshirani, G. Walther and T. Hastie, Journal of the Royal Statistical Society B 63, 2001).
+        """
+        if self.evidence != "auto":
+            return True
+        rng, tasks = np.random.default_rng(self.seed), replace(self, evidence="features")
+        chosen = np.sort(rng.permutation(len(points))[:SAMPLE]).tolist()
+        rows, owners = points[chosen], [clients[row] for row in chosen]
+        width = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) / np.sqrt(len(rows))
+        noise = [rng.standard_normal((len(rows), len(width))) * width for _ in range(DRAWS)]
+        nowhere = np.zeros((self.num_clusters, len(width)))
+        of_noise = [silhouette(each, tasks.label(owners, each, nowhere), seed=self.seed) for each in noise]
+        return silhouette(points, labels, seed=self.seed) >= max(STRUCTURE, CLEARER * float(np.mean(of_noise)))
 
     def label(self, clients: Sequence[str], points: Points, former: Points, held: Sequence[int] = ()) -> list[int]:
         """Return the cluster of each adapter.

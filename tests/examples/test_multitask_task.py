@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import tomllib
 from pathlib import Path
@@ -177,6 +178,20 @@ def test_glue_is_read_from_a_folder_and_trained_with_the_lower_blocks_kept(app, 
     rows = run(app, tmp_path / "out", adapted_blocks=1, max_tokens=8, learning_rate=0.005, **options)
     assert rows[1]["rejected"] == 0
     assert {f"accuracy-{name}" for name in ("qnli", "qqp", "sst2", "rte", "mrpc")} <= set(rows[1])
+
+
+@pytest.mark.slow
+def test_the_tasks_of_glue_are_told_apart_in_the_first_round(app, tmp_path):
+    """By what texts are to the encoder. A task has 100 texts, so that some slots have one or two."""
+    source = Path(os.environ.get("FEDKIT_DATA_DIR", "")) / "text"
+    if not (source / "qnli").is_dir():
+        pytest.skip("needs text/qnli and others in FEDKIT_DATA_DIR")
+    settings = {"data": str(source.resolve()), "examples": 100, "adapted_blocks": 1, "max_tokens": 48}
+    options = settings | {"num_rounds": 1, "local_steps": 4, "batch_size": 16, "learning_rate": 0.01}
+    by_default = run(app, tmp_path / "default", **options)
+    by_adapters = run(app, tmp_path / "adapters", **options, strategy_options="evidence='adapters'")
+    assert by_default[1]["cluster-accuracy"] >= 0.8
+    assert by_adapters[1]["cluster-accuracy"] <= 0.6
 
 
 @pytest.mark.slow

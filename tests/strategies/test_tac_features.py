@@ -101,8 +101,8 @@ def test_features_of_clients_whose_examples_differ_more_than_tasks_do_are_not_ap
     }
     points, former = compared(rows, {}, 3)
     labels = Tasks(3, evidence="features").label(owners, points, former)
-    assert not Tasks(3).apart(points, labels)
-    assert Tasks(3, evidence="features").apart(points, labels), "who asks for features gets them"
+    assert not Tasks(3).apart(owners, points, labels)
+    assert Tasks(3, evidence="features").apart(owners, points, labels), "who asks for features gets them"
 
 
 def test_features_that_are_far_off_move_no_other_slot():

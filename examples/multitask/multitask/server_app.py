@@ -49,7 +49,8 @@ def build_strategy(config: task.Config) -> Strategy:
     )
     strategy = build(config, make=make)
     if config.clustering in ("oracle", "local"):
-        told = Told(strategy.num_clusters, screened=False, truth=alone if config.clustering == "local" else truth)
+        known = alone if config.clustering == "local" else truth
+        told = Told(strategy.num_clusters, evidence="adapters", screened=False, truth=known)
         strategy.aggregator = replace(strategy.aggregator, tasks=told)
     return strategy
 
