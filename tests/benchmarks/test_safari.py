@@ -61,22 +61,20 @@ def test_the_small_form_from_end_to_end(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "above"),
-    [
-        ("digits, 40 % dense", 0.0),
-        pytest.param("digits, 40 % dense, sparse models", 4.0, marks=pytest.mark.full),
-    ],
+    ("name", "seeds", "above"),
+    [("digits, 40 % dense", [0], 0.0), ("digits, 40 % dense, sparse models", [0, 1, 2], safari.ABOVE)],
 )
-def test_biased_losses_cost_little_on_the_digits(name, above):
-    """At 60 % sparsity: within 1.5 points of a perfect link, in at most twice the rounds, not below dropping.
+def test_biased_losses_cost_little_on_the_digits(name, seeds, above):
+    """At 60 % sparsity: within 1.5 points of a perfect link, in at most twice the rounds, above dropping.
 
-    Dropping itself does better here than where the bounds come from: 8 points above it are out of reach.
+    By 8 points on average if models are sparse; of whole models that are sent in parts dropping loses little.
     """
     task, rows = safari.TASKS["digits"][name], []
     for arm, condition in ((PERFECT, NONE), (SAFARI, BIASED), (DROP, BIASED)):
-        found = safari.measure(task, safari.ARMS[arm], condition, 0, task.rounds)
-        rows.append({"arm": arm, "condition": condition, "seed": 0, **found})
-    (claim,) = safari.claims(rows)
-    assert claim["below"] <= safari.BELOW
-    assert claim["late"] <= safari.SLOWER
-    assert claim["above"] >= above
+        for seed in seeds:
+            found = safari.measure(task, safari.ARMS[arm], condition, seed, task.rounds)
+            rows.append({"arm": arm, "condition": condition, "seed": seed, **found})
+    claims = safari.claims(rows)
+    assert len(claims) == len(seeds)
+    assert all(claim["below"] <= safari.BELOW and claim["late"] <= safari.SLOWER for claim in claims)
+    assert np.mean([claim["above"] for claim in claims]) >= above
