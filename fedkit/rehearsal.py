@@ -2,9 +2,10 @@
 
 The server is the app's, with its strategy and its initial arrays; the clients have the app's mods, and in place
 of its training a random step of the same shapes. So all that is sent is coded, serialised and counted as in a run,
-and nothing is learnt. What it takes to run the server must be installed here, and be found where the server looks
-for it; no client's data is needed, unless the clients shall train. The rehearsal is a process of its own,
-``python -m fedkit.rehearsal TASK OUT``.
+and nothing is learnt. If the server asks for features, the stand-ins say some, once; whether the app would is not
+known, so for an app without them the first upload is about a kilobyte a slot too long. What it takes to run the
+server must be installed here, and be found where the server looks for it; no client's data is needed, unless the
+clients shall train. The rehearsal is a process of its own, ``python -m fedkit.rehearsal TASK OUT``.
 """
 
 from __future__ import annotations
