@@ -8,6 +8,7 @@ CPU, of the processor's time, which other programs hardly change.
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import time
@@ -72,9 +73,9 @@ def stepper(size: dict[str, int], device: str, options: dict[str, Any]) -> Calla
 
     model = build(size, device)
     config = RMLoraConfig(r=8, lora_alpha=16, target_modules=("q_proj",), **options)
-    masked, penalty = config.masked_step(model), config.regularizer(model)
+    masked, penalty = config.masked_step(model, 0), config.regularizer(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
+    numbers = itertools.count()
     shape = (size["batch"], size["channels"], size["image"], size["image"])
     pixels, labels = torch.randn(shape, device=device), torch.randint(10, shape[:1], device=device)
 
@@ -88,7 +89,7 @@ def stepper(size: dict[str, int], device: str, options: dict[str, Any]) -> Calla
         if penalty:
             penalty.add_gradient(config.orth_reg_weight)
         if masked:
-            masked.before(generator, optimizer)
+            masked.before(next(numbers), optimizer)
         optimizer.step()
         if masked:
             masked.after(optimizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ Hold: TypeAlias = Literal["gradient", "update"]
 """
 
 
+BLOCK: Final = 16
+"""Steps whose masks are drawn, and brought to the device, at once."""
+
 _Held: TypeAlias = dict[str, tuple[list[int], list[Tensor]]]
 
 
@@ -38,11 +41,11 @@ class Group(NamedTuple):
         """The rank."""
         return self.parameters[0].shape[self.axis]
 
-    def mask(self, active: Tensor) -> Tensor:
-        """Return what is to be kept of a stack of all factors, from `active`, of shape (factors, r)."""
+    def masks(self, active: Tensor) -> tuple[Tensor, ...]:
+        """Return what is to be kept of a stack of all factors, step by step; `active`: (steps, factors, r)."""
         first = self.parameters[0]
-        shape = [len(active), *(size if axis == self.axis else 1 for axis, size in enumerate(first.shape))]
-        return active.view(shape).to(first.device, non_blocking=True)
+        sizes = [size if axis == self.axis else 1 for axis, size in enumerate(first.shape)]
+        return active.view(*active.shape[:2], *sizes).to(first.device).unbind()
 
 
 class MaskedStep:
@@ -60,6 +63,8 @@ class MaskedStep:
         See `Hold`.
     draw : RowDraw, optional
         The components that all steps train, as the server said; instead of a new draw in each step.
+    seed : int
+        Of the draws: each pair's in a step follows from it and the step's number alone.
     """
 
     def __init__(
@@ -69,33 +74,42 @@ class MaskedStep:
         pairing: Pairing = "paired",
         hold: Hold = "gradient",
         draw: RowDraw | None = None,
+        *,
+        seed: int = 0,
     ) -> None:
-        self._rank, self._pairing, self._hold = active_rank, pairing, hold
+        self._rank, self._pairing, self._hold, self._seed = active_rank, pairing, hold, seed
         self._groups, self._ranks = _groups(model)
         if not self._groups:
             raise ConfigError("the model has no LoRA layers: nothing to mask.")
         self._fixed = None if draw is None else _fixed(model, self._groups, draw)
-        self._masks: list[Tensor] = []
+        self._block, self._drawn = -1, list[tuple[Tensor, ...]]()  # the masks of some steps, by group
+        self._masks: list[Tensor] = []  # of the present step, by group
         self._held: list[_Held] = []  # by group: what a step may not change in components that rest
         self._saved: list[dict[str, Tensor]] = []  # what it was before the step, stacked
 
-    def before(self, generator: torch.Generator, optimizer: torch.optim.Optimizer | None = None) -> None:
+    @torch.no_grad()
+    def before(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Zero the gradients of components that rest, after all else was done to gradients.
 
         Parameters
         ----------
-        generator : torch.Generator
-            On the CPU; each pair draws from it anew, unless the components are fixed.
+        step : int
+            The number of the optimizer's step, from 0 on.
         optimizer : torch.optim.Optimizer, optional
             With "update" only: what is about to step.
         """
-        self._masks = self._drawn(generator) if self._fixed is None else self._fixed
+        self._masks = self._of_step(step) if self._fixed is None else self._fixed
+        grads: list[Tensor] = []
+        parts: list[Tensor] = []
         for group, mask in zip(self._groups, self._masks, strict=True):
             rows = [row for row, parameter in enumerate(group.parameters) if parameter.grad is not None]
-            grads = [parameter.grad for parameter in group.parameters if parameter.grad is not None]
-            if grads:
-                whole = _of(mask, rows).to(grads[0].dtype).expand(-1, *grads[0].shape).contiguous()
-                torch._foreach_mul_(grads, whole.unbind())
+            own = [parameter.grad for parameter in group.parameters if parameter.grad is not None]
+            if own:
+                whole = _of(mask, rows).expand(-1, *own[0].shape)  # as foreach has no fast way to broadcast
+                parts += whole.to(own[0].dtype, memory_format=torch.contiguous_format).unbind()
+                grads += own
+        if grads:
+            torch._foreach_mul_(grads, parts)
         if self._hold == "update":
             if optimizer is None:
                 raise ConfigError("hold: 'update' holds back what an optimizer does: tell `before` which.")
@@ -120,13 +134,20 @@ class MaskedStep:
                             tensor.masked_fill_(~mask[row], 0)
         self._held, self._saved = [], []
 
-    def _drawn(self, generator: torch.Generator) -> list[Tensor]:
-        """Return a new mask for each group: of each pair's random permutation, the places of the least numbers."""
-        draws = 1 if self._pairing == "paired" else 2
-        active: dict[int, Tensor] = {}
-        for r, count in self._ranks.items():
-            active[r] = torch.rand(draws, count, r, generator=generator).argsort(-1) < self._rank
-        return [group.mask(active[group.r][group.axis % draws][group.places]) for group in self._groups]
+    def _of_step(self, step: int) -> list[Tensor]:
+        """Return the mask of each group: of each pair's random permutation, the places of the least numbers."""
+        block, place = divmod(step, BLOCK)
+        if block != self._block:
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + block) % 2**63)
+            draws = 1 if self._pairing == "paired" else 2
+            active = {
+                r: torch.rand(BLOCK, draws, count, r, generator=generator).argsort(-1) < self._rank
+                for r, count in self._ranks.items()
+            }
+            of_groups = [active[group.r][:, group.axis % draws, group.places] for group in self._groups]
+            self._drawn = [group.masks(own) for group, own in zip(self._groups, of_groups, strict=True)]
+            self._block = block
+        return [masks[place] for masks in self._drawn]
 
 
 def mask_gradients(model: nn.Module, active_rank: int, mask: Pairing, generator: torch.Generator) -> None:
@@ -141,9 +162,10 @@ def mask_gradients(model: nn.Module, active_rank: int, mask: Pairing, generator:
     mask : {"paired", "independent"}
         "paired": B keeps the columns that belong to A's rows. "independent": B's are drawn on their own.
     generator : torch.Generator
-        On the CPU. Each pair draws from it anew.
+        On the CPU. Each call draws from it anew.
     """
-    MaskedStep(model, active_rank, mask).before(generator)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    MaskedStep(model, active_rank, mask, seed=seed).before(0)
 
 
 def _groups(model: nn.Module) -> tuple[list[Group], dict[int, int]]:
@@ -166,12 +188,12 @@ def _fixed(model: nn.Module, groups: list[Group], draw: RowDraw) -> list[Tensor]
     names: dict[nn.Parameter, str] = {}
     for layer, a, b in lora_pairs(model):
         names |= {a: f"{layer}.lora_A.weight", b: f"{layer}.lora_B.weight"}
-    masks = []
+    masks: list[Tensor] = []
     for group in groups:
         active = torch.zeros(len(group.parameters), group.r, dtype=torch.bool)
         for row, parameter in zip(active, group.parameters, strict=True):
             row[torch.from_numpy(draw.rows(names[parameter], group.r))] = True
-        masks.append(group.mask(active))
+        masks += group.masks(active[None])
     return masks
 
 

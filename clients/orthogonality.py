@@ -44,8 +44,8 @@ def lora_pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Paramet
 class Orthogonality:
     """The penalty R of a model, as a function of what its factors are when it is called.
 
-    Factors of one shape are measured together: of many layers, that takes a few operations rather than a few per
-    layer.
+    Factors of one shape are multiplied together, those of one rank measured together: of many layers, that takes a
+    few operations rather than a few per layer.
 
     Parameters
     ----------
@@ -61,44 +61,69 @@ class Orthogonality:
     """
 
     def __init__(self, model: nn.Module, penalty: Penalty = "norm") -> None:
-        self._measure = _cosines if penalty == "cosine" else _norms
-        self._derive = _by_cosines if penalty == "cosine" else _by_norms
-        self._groups: dict[tuple[object, ...], list[Tensor]] = {}  # of A, and of B
-        for _, a, b in lora_pairs(model):
-            self._groups.setdefault(("A", a.shape, a.dtype, a.device), []).append(a)
-            self._groups.setdefault(("B", b.shape, b.dtype, b.device), []).append(b)
-        if not self._groups:
+        self._penalty = penalty
+        families: dict[tuple[int, torch.dtype, torch.device], dict[tuple[str, torch.Size], list[Tensor]]] = {}
+        for _, *pair in lora_pairs(model):
+            r = len(pair[0])
+            for factor, parameter in zip("AB", pair, strict=True):
+                family = families.setdefault((r, parameter.dtype, parameter.device), {})
+                family.setdefault((factor, parameter.shape), []).append(parameter)
+        if not families:
             raise ConfigError("the model has no LoRA layers: nothing to regularize.")
-        self._count = sum(map(len, self._groups.values()))
+        self._families = [
+            _Family(r, [(factor, group) for (factor, _), group in family.items()])
+            for (r, *_), family in families.items()
+        ]
+        self._count = sum(family.size for family in self._families)
 
     def __call__(self) -> Tensor:
         """Return R, a scalar that gradients flow through."""
-        total: Tensor | None = None
-        for (factor, *_), group in self._groups.items():
-            part = self._measure(_gram(torch.stack(group).flatten(2), factor))
-            total = part if total is None else total + part.to(total.device)
-        assert total is not None  # there are groups
-        return total / self._count
+        measure = _cosines if self._penalty == "cosine" else _norms
+        parts = [measure(family.grams()) for family in self._families]
+        return sum((part.to(parts[0].device) for part in parts[1:]), parts[0]) / self._count
+
+    def add_gradient(self, weight: float) -> None:
+        """Add what ``(weight * R).backward()`` adds to the factors' gradients, in far fewer operations."""
+        for family in self._families:
+            family.add_gradient(self._penalty, 2 * weight / self._count)
+
+
+class _Family:
+    """Factors of one rank, type and device: of each shape, "A" or "B" and which they are."""
+
+    def __init__(self, r: int, groups: list[tuple[str, list[Tensor]]]) -> None:
+        self.groups, sizes, one = groups, [len(group) for _, group in groups], groups[0][1][0]
+        self.size = sum(sizes)
+        self._eye = torch.eye(r, dtype=one.dtype, device=one.device)
+        self._scratch = torch.empty(self.size, r, r, dtype=one.dtype, device=one.device)
+        self._of_groups = torch.split_with_sizes(self._scratch, sizes)
+
+    def grams(self) -> Tensor:
+        """Return A A^T and B^T B of all factors, of shape (factors, r, r)."""
+        return torch.cat([torch.bmm(*_sides(factor, _stack(group))) for factor, group in self.groups])
 
     @torch.no_grad()
-    def add_gradient(self, weight: float) -> None:
-        """Add what ``(weight * R).backward()`` adds to the factors' gradients, in far fewer operations.
-
-        With D, symmetric, the derivative of R by A A^T, that by A is 2 D A; by B it is 2 B D.
-        """
-        for (factor, *_), group in self._groups.items():
-            trained = [parameter for parameter in group if parameter.requires_grad]
-            if not trained:
-                continue
-            stack = torch.stack(trained).flatten(2)  # of convolutions
-            derivative = self._derive(_gram(stack, factor))
+    def add_gradient(self, penalty: Penalty, weight: float) -> None:
+        """Add half the derivatives of R times a weight; with D, symmetric, that by A A^T, D A by A, B D by B."""
+        stacks = [_stack(group) for _, group in self.groups]
+        for (factor, _), stack, gram in zip(self.groups, stacks, self._of_groups, strict=True):
+            torch.baddbmm(self._eye, *_sides(factor, stack), beta=-1 if penalty == "norm" else 0, out=gram)
+        if penalty == "norm":
+            norms = torch.linalg.vector_norm(self._scratch, dim=(1, 2), keepdim=True)
+            norms.clamp_min_(torch.finfo(norms.dtype).tiny)  # the derivative counts as 0 where there is none
+            self._scratch.div_(norms)
+        else:
+            self._scratch.copy_(_by_cosines(self._scratch))
+        grads: list[Tensor] = []
+        parts: list[Tensor] = []
+        for (factor, group), stack, derivative in zip(self.groups, stacks, self._of_groups, strict=True):
             gradient = derivative @ stack if factor == "A" else stack @ derivative
-            for parameter in trained:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            grads = [parameter.grad for parameter in trained if parameter.grad is not None]
-            parts = gradient.view(-1, *trained[0].shape).unbind()
-            torch._foreach_add_(grads, parts, alpha=2 * weight / self._count)
+            for parameter, part in zip(group, gradient.view(-1, *group[0].shape).unbind(), strict=True):
+                if parameter.requires_grad:
+                    grads.append(_gradient_of(parameter))
+                    parts.append(part)
+        if grads:
+            torch._foreach_add_(grads, parts, alpha=weight)
 
 
 def orthogonality_penalty(model: nn.Module, penalty: Penalty = "norm") -> Tensor:
@@ -124,9 +149,21 @@ def effective_rank(model: nn.Module) -> float:
     return float(torch.stack(ranks).mean())
 
 
-def _gram(stack: Tensor, factor: object) -> Tensor:
-    """Return A A^T or B^T B of a stack of factors."""
-    return stack @ stack.mT if factor == "A" else stack.mT @ stack
+def _stack(group: list[Tensor]) -> Tensor:
+    """Return factors of one shape: (factors, r, ·) if they are A, (factors, ·, r) if B; of convolutions flat."""
+    return torch.stack(group).flatten(2)
+
+
+def _sides(factor: str, stack: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what to multiply for A A^T or B^T B."""
+    return (stack, stack.mT) if factor == "A" else (stack.mT, stack)
+
+
+def _gradient_of(parameter: Tensor) -> Tensor:
+    """Return where a parameter's gradient is, made of zeros if it has none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _norms(gram: Tensor) -> Tensor:
@@ -135,14 +172,6 @@ def _norms(gram: Tensor) -> Tensor:
         gram - torch.eye(*gram.shape[1:], dtype=gram.dtype, device=gram.device)
     )
     return norms.sum()
-
-
-def _by_norms(gram: Tensor) -> Tensor:
-    """Return the derivative of `_norms`; 0 where the norm has none. `gram` is overwritten."""
-    off = gram
-    off.diagonal(dim1=-2, dim2=-1).sub_(1)
-    norms = torch.linalg.vector_norm(off, dim=(1, 2), keepdim=True)
-    return off.div_(norms.clamp_min_(torch.finfo(norms.dtype).tiny))
 
 
 def _cosines(gram: Tensor) -> Tensor:

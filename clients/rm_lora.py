@@ -100,16 +100,17 @@ class RMLoraConfig:
         if not self.target_modules:
             raise ConfigError("target_modules is empty: name the layers that shall carry LoRA factors.")
 
-    def masked_step(self, model: nn.Module, rows: RowDraw | None = None) -> MaskedStep | None:
+    def masked_step(self, model: nn.Module, seed: int, rows: RowDraw | None = None) -> MaskedStep | None:
         """Return what to call around each optimizer step; None if every step trains everything.
 
-        Components that the server fixed are held back whole, for what moved in them would be lost.
+        Components are drawn by `seed`. Those that the server fixed are held back whole, for what moved in them
+        would be lost.
         """
         if rows is not None:
             return MaskedStep(model, rows.active_rank, rows.pairing, "update", rows)
         if self.active_rank == self.r:
             return None
-        return MaskedStep(model, self.active_rank, self.mask, self.hold)
+        return MaskedStep(model, self.active_rank, self.mask, self.hold, seed=seed)
 
     def regularizer(self, model: nn.Module) -> Orthogonality | None:
         """Return the penalty, None if it weighs nothing."""
@@ -166,8 +167,7 @@ def train_rm_lora(
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    masked, penalty = config.masked_step(model, rows), config.regularizer(model)
+    masked, penalty = config.masked_step(model, seed, rows), config.regularizer(model)
     losses = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -179,7 +179,7 @@ def train_rm_lora(
                 if penalty:
                     penalty.add_gradient(config.orth_reg_weight)
                 if masked:
-                    masked.before(generator, optimizer)
+                    masked.before(len(losses) - 1, optimizer)
                 optimizer.step()
                 if masked:
                     masked.after(optimizer)

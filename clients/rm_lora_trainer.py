@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from fedkit.row_masks import RowDraw
@@ -52,13 +51,12 @@ class RMLoraCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Look up the factors."""
-        self._masked = self.config.masked_step(more["model"], self.rows)
+        self._masked = self.config.masked_step(more["model"], args.seed, self.rows)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Hold back what rests in this step, after accumulation and clipping."""
         if self._masked:
-            seed = torch.Generator().manual_seed(args.seed * 1_000_003 + state.global_step)
-            self._masked.before(seed, more["optimizer"])
+            self._masked.before(state.global_step, more["optimizer"])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Put back what rests, if it is held back whole."""
@@ -80,7 +78,9 @@ class RMLoraTrainerMixin(_Base):
         """Return the task's loss; the last batch of a step adds the penalty's gradient as well."""
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         if self._penalty and self.accelerator.sync_gradients:
-            self.accelerator.backward(self.rm_lora.orth_reg_weight * self._penalty())
+            scaler = self.accelerator.scaler  # of losses in float16, and so of gradients
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            self._penalty.add_gradient(self.rm_lora.orth_reg_weight * scale)
         return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

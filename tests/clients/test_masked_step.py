@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedkit.clients.adapters import get_adapter, set_adapter
-from fedkit.clients.masked_step import MaskedStep
+from fedkit.clients.masked_step import BLOCK, MaskedStep
 from fedkit.clients.rm_lora import lora_pairs, train_rm_lora
 from fedkit.errors import ConfigError
 from fedkit.row_masks import RowDraw
@@ -34,14 +34,14 @@ def values_of(model, optimizer):
 
 def steps(hold, make, mask="paired", count=8):
     """Train step by step; yield which components moved: ((layer, factor, key), indices)."""
-    model, generator = tiny_model(b_is_zero=False), torch.Generator().manual_seed(0)
+    model = tiny_model(b_is_zero=False)
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     masked = MaskedStep(model, 2, mask, hold)
-    for _, batch in zip(range(count), tiny_batches() * count, strict=False):
+    for step, batch in zip(range(count), tiny_batches() * count, strict=False):
         before = values_of(model, optimizer)
         optimizer.zero_grad()
         model(**batch).loss.backward()
-        masked.before(generator, optimizer)
+        masked.before(step, optimizer)
         chosen = {
             (layer, factor): kept(p.grad if factor == "A" else p.grad.T)
             for layer, a, b in lora_pairs(model)
@@ -85,7 +85,7 @@ def test_the_first_step_is_the_same_in_both_forms():
 
 def test_the_strict_form_equals_an_adam_written_by_hand():
     """Row by row: a row that rests is skipped; the number of steps is the tensor's."""
-    model, generator = tiny_model(b_is_zero=False), torch.Generator().manual_seed(1)
+    model = tiny_model(b_is_zero=False)
     params = [a for _, a, _ in lora_pairs(model)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
     masked = MaskedStep(model, 2, "paired", "update")
@@ -94,7 +94,7 @@ def test_the_strict_form_equals_an_adam_written_by_hand():
     for t, batch in enumerate(tiny_batches() * 3, start=1):
         optimizer.zero_grad()
         model(**batch).loss.backward()
-        masked.before(generator, optimizer)
+        masked.before(t, optimizer)
         for row, m, v, p in zip(rows, first, second, params, strict=True):
             for i in kept(p.grad):
                 g = p.grad[i].double()
@@ -150,17 +150,17 @@ def test_what_cannot_be_held_is_refused():
     optimizer = Factored(params, {})
     for p in params:
         optimizer.state[p] = {"row": torch.zeros(len(p))}
-    masked, generator = MaskedStep(model, 2, hold="update"), torch.Generator()
+    masked = MaskedStep(model, 2, hold="update")
     with pytest.raises(ConfigError, match="Factored has 'row'"):
-        masked.before(generator, optimizer)
+        masked.before(0, optimizer)
     with pytest.raises(ConfigError, match="tell `before` which"):
-        masked.before(generator)
+        masked.before(0)
     with pytest.raises(ConfigError, match="nothing to mask"):
         MaskedStep(torch.nn.Linear(2, 2), 1)
 
 
 def test_a_factor_that_is_trained_later_than_others_begins_with_moments_of_zero_where_it_rests():
-    model, generator = tiny_model(b_is_zero=False), torch.Generator().manual_seed(0)
+    model = tiny_model(b_is_zero=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     masked, late = MaskedStep(model, 2, hold="update"), list(lora_pairs(model))[1][1:]
@@ -171,7 +171,7 @@ def test_a_factor_that_is_trained_later_than_others_begins_with_moments_of_zero_
         if number == 0:
             for parameter in late:
                 parameter.grad = None
-        masked.before(generator, optimizer)
+        masked.before(number, optimizer)
         optimizer.step()
         masked.after(optimizer)
         moved = {
@@ -180,3 +180,16 @@ def test_a_factor_that_is_trained_later_than_others_begins_with_moments_of_zero_
         }
         assert {len(indices) for indices in moved.values()} == ({2, 0} if number == 0 else {2})
     assert any(key == "exp_avg" for *_, key in moved)
+
+
+def test_the_seed_and_the_number_of_a_step_alone_decide_what_it_trains():
+    model, chosen = tiny_model(), {}
+    for seed in (0, 1):
+        masked = MaskedStep(model, 2, seed=seed)
+        for step in (3, BLOCK + 3, 0, 3, 5 * BLOCK, BLOCK + 3):
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.grad = torch.ones_like(parameter)
+            masked.before(step)
+            now = [kept(a.grad) for _, a, _ in lora_pairs(model)]
+            assert chosen.setdefault((seed, step), now) == now
+    assert len({str(components) for components in chosen.values()}) > 4

@@ -92,14 +92,22 @@ def test_one_row_has_no_cosine():
 
 
 @pytest.mark.parametrize("penalty", ["norm", "cosine"])
-def test_factors_measured_together_count_as_those_measured_one_by_one(penalty):
+@pytest.mark.parametrize("ranks", [{}, {"1": 2}])
+def test_factors_measured_together_count_as_those_measured_one_by_one(penalty, ranks):
     torch.manual_seed(0)
     net = torch.nn.Sequential(*[torch.nn.Linear(6, 6) for _ in range(3)], torch.nn.Linear(6, 9))
-    model = get_peft_model(net, LoraConfig(r=R, target_modules=["0", "1", "2", "3"], init_lora_weights=False))
+    config = LoraConfig(r=R, target_modules=["0", "1", "2", "3"], init_lora_weights=False, rank_pattern=ranks)
+    model = get_peft_model(net, config)
     together = Orthogonality(model, penalty)()
+    together.backward()
     layers = [module for module in model.modules() if hasattr(module, "lora_A")]
     alone = [orthogonality_penalty(layer, penalty).item() for layer in layers]
     assert len(alone) == 4
+    expected = [p.grad for _, *pair in lora_pairs(model) for p in pair]
+    model.zero_grad()
+    Orthogonality(model, penalty).add_gradient(1.0)
+    found = [p.grad for _, *pair in lora_pairs(model) for p in pair]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert together.item() == pytest.approx(np.mean(alone), rel=1e-5)
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from fedkit.clients.adapters import get_adapter
-from fedkit.clients.masked_step import mask_gradients
+from fedkit.clients.masked_step import MaskedStep
 from fedkit.clients.rm_lora import effective_rank, lora_pairs, orthogonality_penalty
 from fedkit.clients.rm_lora_trainer import RMLoraTrainer
 from fedkit.row_masks import RowDraw
@@ -83,7 +83,7 @@ def test_the_mask_is_drawn_once_per_optimizer_step_under_accumulation(tmp_path):
         model = tiny_model()
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.grad = torch.ones_like(parameter)
-        mask_gradients(model, 2, "paired", torch.Generator().manual_seed(made.args.seed * 1_000_003 + step))
+        MaskedStep(model, 2, seed=made.args.seed).before(step)
         assert chosen == [kept(a.grad) for _, a, _ in lora_pairs(model)]
 
 

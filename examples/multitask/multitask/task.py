@@ -174,7 +174,7 @@ def train(model: PeftModel, slot: Slot, config: Config, *, seed: int) -> float:
 
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = source(config).optimizer(trainable, config)
-    rng, generator, losses = np.random.default_rng(seed), torch.Generator().manual_seed(seed), []
+    rng, losses = np.random.default_rng(seed), []
     rm_lora = RMLoraConfig(
         r=config.r,
         lora_alpha=config.lora_alpha,
@@ -182,9 +182,9 @@ def train(model: PeftModel, slot: Slot, config: Config, *, seed: int) -> float:
         orth_reg_weight=config.orth_reg_weight,
         target_modules=tuple(source(config).TARGETS),
     )
-    masked, penalty = rm_lora.masked_step(model), rm_lora.regularizer(model)
+    masked, penalty = rm_lora.masked_step(model, seed), rm_lora.regularizer(model)
     model.train()
-    for _ in range(slot.steps):
+    for step in range(slot.steps):
         rows = rng.choice(len(slot.examples), config.batch_size)
         loss = torch.nn.functional.cross_entropy(*_own_head(model, slot.examples, rows, config))
         optimizer.zero_grad()
@@ -192,7 +192,7 @@ def train(model: PeftModel, slot: Slot, config: Config, *, seed: int) -> float:
         if penalty:
             penalty.add_gradient(config.orth_reg_weight)
         if masked:
-            masked.before(generator, optimizer)
+            masked.before(step, optimizer)
         optimizer.step()
         if masked:
             masked.after(optimizer)
