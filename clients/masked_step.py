@@ -22,7 +22,6 @@ Hold: TypeAlias = Literal["gradient", "update"]
     steps that train it. (The number of steps, by which Adam corrects its moments, is of the tensor, not the row.)
 """
 
-
 BLOCK: Final = 16
 """Steps whose masks are drawn, and brought to the device, at once."""
 
@@ -82,7 +81,8 @@ class MaskedStep:
         if not self._groups:
             raise ConfigError("the model has no LoRA layers: nothing to mask.")
         self._fixed = None if draw is None else _fixed(model, self._groups, draw)
-        self._block, self._drawn = -1, list[tuple[Tensor, ...]]()  # the masks of some steps, by group
+        self._block = -1  # the number of those steps of which
+        self._drawn: list[tuple[Tensor, ...]] = []  # are the masks, by group
         self._masks: list[Tensor] = []  # of the present step, by group
         self._held: list[_Held] = []  # by group: what a step may not change in components that rest
         self._saved: list[dict[str, Tensor]] = []  # what it was before the step, stacked
