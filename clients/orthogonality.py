@@ -117,7 +117,7 @@ class _Family:
         grads: list[Tensor] = []
         parts: list[Tensor] = []
         for (factor, group), stack, derivative in zip(self.groups, stacks, self._of_groups, strict=True):
-            gradient = derivative @ stack if factor == "A" else stack @ derivative
+            gradient = torch.bmm(derivative, stack) if factor == "A" else torch.bmm(stack, derivative)
             for parameter, part in zip(group, gradient.view(-1, *group[0].shape).unbind(), strict=True):
                 if parameter.requires_grad:
                     grads.append(_gradient_of(parameter))
