@@ -83,7 +83,7 @@ class MaskedStep:
         self._fixed = None if draw is None else _fixed(model, self._groups, draw)
         self._block = -1  # the number of those steps of which
         self._drawn: list[tuple[Tensor, ...]] = []  # are the masks, by group
-        self._masks: list[Tensor] = []  # of the present step, by group
+        self._masks: list[dict[int, Tensor]] = []  # by group and row: 1 where the present step trains, else 0
         self._held: list[_Held] = []  # by group: what a step may not change in components that rest
         self._saved: list[dict[str, Tensor]] = []  # what it was before the step, stacked
 
@@ -98,18 +98,11 @@ class MaskedStep:
         optimizer : torch.optim.Optimizer, optional
             With "update" only: what is about to step.
         """
-        self._masks = self._of_step(step) if self._fixed is None else self._fixed
-        grads: list[Tensor] = []
-        parts: list[Tensor] = []
-        for group, mask in zip(self._groups, self._masks, strict=True):
-            rows = [row for row, parameter in enumerate(group.parameters) if parameter.grad is not None]
-            own = [parameter.grad for parameter in group.parameters if parameter.grad is not None]
-            if own:
-                whole = _of(mask, rows).expand(-1, *own[0].shape)  # as foreach has no fast way to broadcast
-                parts += whole.to(own[0].dtype, memory_format=torch.contiguous_format).unbind()
-                grads += own
+        masks = self._of_step(step) if self._fixed is None else self._fixed
+        self._masks = [_whole(group, mask) for group, mask in zip(self._groups, masks, strict=True)]
+        grads = [p.grad for group in self._groups for p in group.parameters if p.grad is not None]
         if grads:
-            torch._foreach_mul_(grads, parts)
+            torch._foreach_mul_(grads, [whole for own in self._masks for whole in own.values()])
         if self._hold == "update":
             if optimizer is None:
                 raise ConfigError("hold: 'update' holds back what an optimizer does: tell `before` which.")
@@ -121,17 +114,23 @@ class MaskedStep:
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer) -> None:
         """Put back what rests, if it is held back whole; its moments, where this step made them, are zero."""
-        for group, mask, held, saved in zip(self._groups, self._masks, self._held, self._saved, strict=False):
+        now: list[Tensor] = []
+        saved: list[Tensor] = []
+        masks: list[Tensor] = []
+        for group, whole, held, before in zip(self._groups, self._masks, self._held, self._saved, strict=False):
             for key, (rows, tensors) in held.items():
-                kept = torch.where(_of(mask, rows), torch.stack(tensors), saved[key])
-                torch._foreach_copy_(tensors, kept.unbind())
-            if (
-                len(held) == 1 or len({len(rows) for rows, _ in held.values()}) > 1
-            ):  # the optimizer had yet to begin
+                now += tensors
+                saved += before[key].unbind()
+                masks += [whole[row].to(tensors[0].dtype) for row in rows]
+            begun = len(held) > 1 and len({len(rows) for rows, _ in held.values()}) == 1
+            if not begun:  # before this step the optimizer remembered nothing of some factors
                 for key, (rows, tensors) in _held(group, optimizer).items():
                     for row, tensor in zip(rows, tensors, strict=True):
                         if row not in held.get(key, ((), ()))[0]:
-                            tensor.masked_fill_(~mask[row], 0)
+                            tensor.mul_(whole[row])
+        if now:
+            torch._foreach_lerp_(saved, now, masks)  # exact, where the mask is 0 as where it is 1
+            torch._foreach_copy_(now, saved)
         self._held, self._saved = [], []
 
     def _of_step(self, step: int) -> list[Tensor]:
@@ -197,9 +196,13 @@ def _fixed(model: nn.Module, groups: list[Group], draw: RowDraw) -> list[Tensor]
     return masks
 
 
-def _of(mask: Tensor, rows: list[int]) -> Tensor:
-    """Return the part of a mask that belongs to some of a group's factors."""
-    return mask if len(rows) == len(mask) else mask[rows]
+def _whole(group: Group, mask: Tensor) -> dict[int, Tensor]:
+    """Return the masks of those that have a gradient, by row, each as large as its factor: foreach needs that."""
+    rows = [row for row, parameter in enumerate(group.parameters) if parameter.grad is not None]
+    first = group.parameters[0]
+    own = mask if len(rows) == len(mask) else mask[rows]
+    whole = own.expand(-1, *first.shape).to(first.dtype, memory_format=torch.contiguous_format)
+    return dict(zip(rows, whole.unbind(), strict=True))
 
 
 def _held(group: Group, optimizer: torch.optim.Optimizer) -> _Held:
