@@ -105,7 +105,7 @@ def stepper(size: dict[str, int], device: str, options: dict[str, Any]) -> Calla
 
 
 def operations(step: Callable[[], float]) -> float:
-    """Return how many operations a step has, but for new views of what there is: the mean of `BLOCK` steps."""
+    """Return how many operations a step has, but for new views: the mean of `BLOCK` steps after the first."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from fedkit.clients.masked_step import BLOCK
@@ -117,6 +117,7 @@ def operations(step: Callable[[], float]) -> float:
             self.total += not func.is_view
             return func(*args, **(kwargs or {}))
 
+    step()
     with Count() as count:
         for _ in range(BLOCK):
             step()

@@ -19,7 +19,7 @@ def test_the_first_arm_is_what_the_others_are_compared_with():
     assert ARMS["LoRA"] == {"active_rank": 8}
 
 
-@pytest.mark.parametrize(("arm", "most"), [("mask", 4), ("penalty", 10), ("RM-LoRA", 14)])
+@pytest.mark.parametrize(("arm", "most"), [("mask", 4), ("penalty", 10), ("RM-LoRA", 14), ("RM-LoRA, strict", 22)])
 def test_a_step_adds_the_same_few_operations_however_many_layers_there_are(arm, most):
     added = [
         operations(stepper(TINY | {"layers": layers}, "cpu", ARMS[arm]))
