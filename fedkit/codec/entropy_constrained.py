@@ -8,7 +8,7 @@ takes the one of least error:
 
 - t near Δ/2, the rounding of uniform quantizers, at high rates;
 - t above Δ (a dead zone) at low rates, for values with heavy tails: few large entries are worth their bytes;
-- t = 0, no zero at all, from 1 bit up, for values of almost equal size, as updates of local Adam training are.
+- t just above 0, from 1 bit up, for values of almost equal size, as updates of local Adam training are.
 
 Below 1 bit such values are sent as signs of chosen blocks (`fedkit.codec.signs`) where that errs less: choosing
 what to send beats widening the dead zone.
@@ -37,7 +37,7 @@ MIN_RATE: Final = 0.05
 MAX_RATE: Final = 8.0
 SIGNS_BELOW: Final = 1.1  # bits per value; all signs, blocks and scales take a little more than 1
 MAX_HALF: Final = 2**15 - 1
-_RATIOS: Final = (0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.3, 1.8, 2.5)  # threshold / step
+_RATIOS: Final = (0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.3, 1.8, 2.5, 1e-6)  # threshold / step; the last: only 0 is 0
 _SAMPLE: Final = 2**15  # values looked at to choose thresholds
 _AS_GOOD: Final = 1.03  # times the error, at which signs are preferred: they are much faster to decode
 _ONE_TABLE: Final = 127  # levels of one sign whose table needs no low bits apart
@@ -143,7 +143,7 @@ def best_design(values: NDArray[np.float32], rate: float) -> Design:
     if sample.energy == 0:
         return Design(math.inf, 1.0, 0.0)
     designs = []
-    for ratio in (*_RATIOS, 0.0) if rate > 0.99 else _RATIOS:  # a percent is within what a rate is met to
+    for ratio in _RATIOS if rate > 0.99 else _RATIOS[:-1]:  # a percent is within what a rate is met to
         step = sample.solve(ratio, rate)
         designs.append(Design(ratio * step, step, sample.try_out(ratio * step, step).error))
     return min(designs, key=lambda design: design.error)

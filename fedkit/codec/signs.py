@@ -96,8 +96,7 @@ class SignsGroup:
         values -= 1
         end = 0
         for size, scale in zip(self.sizes, self.scales, strict=True):
-            if scale:  # else nothing of this array is sent
-                values[end : end + size] *= scale
+            values[end : end + size] *= scale
             end += size
         return values
 
@@ -140,7 +139,7 @@ def _choose(
     left = rate * flat.size - blocks.sizes.size - 16 * np.minimum(len(parts), np.arange(1, order.size + 1))
     sent = np.zeros(order.size, np.bool_)
     sent[order[np.cumsum(blocks.sizes[order]) - blocks.sizes[order] // 2 <= left]] = True
-    return blocks, totals, sent
+    return blocks, totals, sent & (totals > 0)
 
 
 def _by_array(

@@ -66,3 +66,16 @@ def test_few_values_cost_no_more_than_the_law_allows(rate, count):
 def test_the_same_update_makes_the_same_frame():
     update = UPDATES["laplace"]
     assert len({Codec(EntropyConstrained(0.7)).encode(update) for _ in range(3)}) == 1
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.9, 1, 1.05, 1.5, 3])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 2), (1e-42, 1e-42)])
+def test_what_did_not_change_stays_as_it_is(rate, sizes):
+    """A frozen array beside values of almost equal size, also where there is room for signs of all of them."""
+    rng = np.random.default_rng(0)
+    moved = rng.choice([-1, 1], (768, 8)) * rng.choice(sizes, (768, 8))
+    update = {"frozen": np.zeros((8, 1024), np.float32), "moved": moved.astype(np.float32)}
+    values = decode(Codec(EntropyConstrained(rate)).encode(update), like=update)
+    assert not values["frozen"].any()
+    lost = values["moved"].astype(np.float64) - update["moved"]
+    assert np.linalg.norm(lost) <= np.linalg.norm(update["moved"].astype(np.float64))
