@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from fedkit.row_masks import RowDraw
 
 from .broken_torchvision import naming_torchvision
-from .orthogonality import effective_rank
+from .masked_step import MaskedStep
+from .orthogonality import Orthogonality, effective_rank
 from .rm_lora import RMLoraConfig
 
 with naming_torchvision():
@@ -47,10 +48,12 @@ class RMLoraCallback(TrainerCallback):
 
     def __init__(self, config: RMLoraConfig, rows: RowDraw | None = None) -> None:
         self.config, self.rows = config, rows
-        self._masked: Any = None
+        self.penalty: Orthogonality | None = None  # of the model that is trained, for the mixin
+        self._masked: MaskedStep | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Look up the factors."""
+        """Look up the factors of the model, which `model_init` makes anew for each training."""
+        self.penalty = self.config.regularizer(more["model"])
         self._masked = self.config.masked_step(more["model"], args.seed, self.rows)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -70,17 +73,17 @@ class RMLoraTrainerMixin(_Base):
     def __init__(self, *args: Any, rm_lora: RMLoraConfig, rows: RowDraw | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rm_lora = rm_lora
-        assert self.model is not None  # Trainer has one by now, be it from `model_init`
-        self._penalty = rm_lora.regularizer(self.model)
-        self.add_callback(RMLoraCallback(rm_lora, rows))
+        self._rm_lora = RMLoraCallback(rm_lora, rows)
+        self.add_callback(self._rm_lora)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return the task's loss; the last batch of a step adds the penalty's gradient as well."""
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        if self._penalty and self.accelerator.sync_gradients:
+        penalty = self._rm_lora.penalty
+        if penalty and self.accelerator.sync_gradients:
             scaler = self.accelerator.scaler  # of losses in float16, and so of gradients
             scale = 1.0 if scaler is None else scaler.get_scale()
-            self._penalty.add_gradient(self.rm_lora.orth_reg_weight * scale)
+            penalty.add_gradient(self.rm_lora.orth_reg_weight * scale)
         return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

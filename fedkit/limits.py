@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
@@ -71,6 +72,17 @@ class Pauses:
     def __init__(self) -> None:
         self._failures: dict[int, int] = {}  # in a row, by node
         self._until: dict[int, int] = {}  # the next round, by node
+
+    def choose(self, idle: Sequence[int], late: Collection[int], server_round: int, at_least: int) -> list[int]:
+        """Return which of the idle nodes to ask in a round: those that are neither paused nor `late`.
+
+        The paused too, if there would be fewer than `at_least` without, late answers counted; and if there is
+        nobody else, those whose answer came late, which is dropped for that.
+        """
+        free = [node_id for node_id in idle if node_id not in late]
+        rested = [node_id for node_id in free if self.over(node_id, server_round)]
+        enough = len(rested) + len(idle) - len(free) >= at_least
+        return (rested if enough else free) or free or list(idle)
 
     def over(self, node_id: int, server_round: int) -> bool:
         """Return whether a node may be asked in a round."""

@@ -13,7 +13,7 @@ fewer than `quorum` answered             the model stays and the log says so, or
 a reply arrives after its round ended    with `late="use"` it counts in the round in which it came;
                                          with ``"discard"`` it is dropped
 a reply arrives twice                    the second one is dropped
-a node has not answered yet              it is not asked anything else
+a node has not answered yet              it is not asked; nor to train, while its late reply waits for a round
 a node fails twice in a row, or more     it is not asked for 1, 2, 4, then 8 rounds; an answer clears it
 =======================================  ==========================================================
 
@@ -94,20 +94,27 @@ class RoundGrid(GridWrapper):
         self._late: list[Message] = []
         self._booking = Booking(self.ledger)
 
-    def ready(self, node_ids: Iterable[int], server_round: int, at_least: int = 1) -> list[int]:
+    def ready(
+        self, node_ids: Iterable[int], server_round: int, at_least: int = 1, *, spare: bool = True
+    ) -> list[int]:
         """Return the nodes that may be asked: no message is on its way to them, and they are not paused.
 
-        Paused ones are among them, if there would be fewer than `at_least` without.
+        Nor do they have a late answer that the next round of training will use, unless `spare` is False: `Pauses`.
         """
+        for sent, reply in self._pull():
+            self._keep_late(sent, reply, server_round)
         self._expire()
         busy = self._busy()
         idle = [node_id for node_id in node_ids if node_id not in busy]
-        rested = [node_id for node_id in idle if self._pauses.over(node_id, server_round)]
-        return rested if len(rested) >= at_least else idle
+        return self._pauses.choose(idle, self.late_nodes() if spare else set(), server_round, at_least)
+
+    def late_nodes(self) -> set[int]:
+        """Return the nodes whose answer came late, and waits for a round of training that uses it."""
+        return {reply.metadata.src_node_id for reply in self._late}
 
     def owing(self) -> set[int]:
         """Return the nodes of which a reply may come, or has come, that no round has had yet."""
-        return self._busy() | {reply.metadata.src_node_id for reply in self._late}
+        return self._busy() | self.late_nodes()
 
     def _busy(self) -> set[int]:
         return {sent.node_id for sent in self._sent.values()}
@@ -151,14 +158,16 @@ class RoundGrid(GridWrapper):
         """Send what may be sent; return the ids."""
         busy = self._busy()
         messages = [message for message in messages if message.metadata.dst_node_id not in busy]
+        if kind == MessageType.TRAIN:  # a late answer to something else is of no use any more
+            again = {message.metadata.dst_node_id for message in messages}
+            self._late = [reply for reply in self._late if reply.metadata.src_node_id not in again]
         seconds, ids = self.limits.deadline or timeout or math.inf, set()
         expires = self.clock.monotonic() + seconds
         for message, message_id in zip(messages, list(self.inner.push_messages(messages)), strict=False):
             node_id = message.metadata.dst_node_id
             if not message_id:
-                logger.warning(
-                    "round %d: Flower refused the message to %s.", server_round, self._booking.name(node_id)
-                )
+                who = self._booking.name(node_id)
+                logger.warning("round %d: Flower refused the message to %s.", server_round, who)
                 continue
             self._booking.enter(message, server_round, node_id, "downlink")
             self._sent[message_id] = Sent(node_id, server_round, kind, expires)
@@ -215,13 +224,8 @@ class RoundGrid(GridWrapper):
         used = sent.kind == MessageType.TRAIN and self.limits.late == "use"
         self._booking.enter(reply, server_round, sent.node_id, "uplink", "" if used else "late")
         self.ledger.note(server_round, late=1)
-        fate = "used" if used else "dropped"
-        logger.info(
-            "round %d, %s: its answer came late, and is %s.",
-            sent.server_round,
-            self._booking.name(sent.node_id),
-            fate,
-        )
+        who, fate = self._booking.name(sent.node_id), "used" if used else "dropped"
+        logger.info("round %d, %s: its answer came late, and is %s.", sent.server_round, who, fate)
         if used:
             self._late.append(reply)
 

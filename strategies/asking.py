@@ -114,12 +114,13 @@ class Asking(FedAvg):
         return grid
 
     def _sample(
-        self, grid: RoundGrid, server_round: int, fraction: float, minimum: int, *, must: bool = False
+        self, grid: RoundGrid, server_round: int, fraction: float, minimum: int, kind: str, *, must: bool = False
     ) -> list[int]:
         """Return the nodes to ask, by client id; none, if there are too few and the limits let the model stay.
 
-        With `must`, too few are an error in any case.
+        With `must`, too few are an error in any case. Who is to evaluate is another choice than who trained.
         """
+        training = kind == MessageType.TRAIN
         if fraction == 0:
             return []
         needed = max(self.min_available_nodes, minimum)
@@ -130,6 +131,7 @@ class Asking(FedAvg):
                 wanted=needed,
                 enough=self.limits.needed(needed) if self.limits.quorum else needed,
                 at_least=self.limits.needed(minimum),
+                training=training,
                 timeout=self.node_timeout,
                 missing=self.registry.absent,
             )
@@ -140,10 +142,12 @@ class Asking(FedAvg):
             return []
         size = max(int(len(node_ids) * fraction), minimum)
         self._introduce(grid, node_ids, server_round, sampling=size < len(node_ids))
-        ready = grid.ready(node_ids, server_round, self.limits.needed(size))
+        ready = grid.ready(node_ids, server_round, self.limits.needed(size), spare=training)
         ready = self.parts.names(ready, self.registry.submodels)
         ready.sort(key=self.registry.order)
-        return choose(ready, size, f"{self.seed}/{server_round}")
+        return choose(
+            ready, size, f"{self.seed}/{server_round}" if training else f"{self.seed}/{server_round}/{kind}"
+        )
 
     def _introduce(self, grid: RoundGrid, node_ids: Sequence[int], server_round: int, *, sampling: bool) -> None:
         """Ask nodes that are not known which client they are, where that matters.

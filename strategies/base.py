@@ -191,14 +191,15 @@ class UpdateStrategy(Asking, Generic[S]):
         if first:
             self.recall(self._params, None)
         grid, must = self._adopt(grid, self._timeout), server_round == 1  # nothing was trained yet that might stay
-        node_ids = self._sample(grid, server_round, self.fraction_train, self.min_train_nodes, must=must)
+        size, kind = (self.fraction_train, self.min_train_nodes), MessageType.TRAIN
+        node_ids = self._sample(grid, server_round, *size, kind, must=must)
         owing = grid.owing()
         self._unanswered = {node_id: sent for node_id, sent in self._unanswered.items() if node_id in owing}
         sent = self.distribute(self._params, node_ids)
         names, everybody = self.registry.names(node_ids), self.fraction_train >= 1
         self._cohort = self.parts.cohort(Cohort(server_round, sent, names, everybody=everybody))
         self.parts.rows.draw(self.seed, self._cohort)
-        return self._messages(MessageType.TRAIN, server_round, config, sent)
+        return self._messages(kind, server_round, config, sent)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -233,10 +234,9 @@ class UpdateStrategy(Asking, Generic[S]):
         """Return one message for each node that is to evaluate the arrays."""
         server_round += self.progress.before
         params, grid = self.border.inward(arrays), self._adopt(grid, self._timeout)
-        node_ids = self._sample(grid, server_round, self.fraction_evaluate, self.min_evaluate_nodes)
-        return self._messages(
-            MessageType.EVALUATE, server_round, config, self.distribute(params, node_ids) if node_ids else {}
-        )
+        size, kind = (self.fraction_evaluate, self.min_evaluate_nodes), MessageType.EVALUATE
+        node_ids = self._sample(grid, server_round, *size, kind)
+        return self._messages(kind, server_round, config, self.distribute(params, node_ids) if node_ids else {})
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the mean of the clients' metrics, None if there are none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
@@ -10,6 +12,8 @@ from fedkit.arrays import Mask, NamedArrays
 from fedkit.codec.wire import open_frame
 from fedkit.errors import ReplyError
 from fedkit.message import records_of
+
+MAX_WEIGHT: Final = 1e15  # of a reply; updates of 1e18, times that, fit a float32
 
 
 def content_of(reply: Message) -> RecordDict:
@@ -25,10 +29,12 @@ def metrics_of(content: RecordDict) -> dict[str, float]:
 
 
 def weight_of(reply: Message, key: str) -> float:
-    """Return what a reply weighs; raises ReplyError unless it is above 0 and finite."""
+    """Return what a reply weighs; raises ReplyError unless it is above 0, and at most `MAX_WEIGHT`."""
     weight = metrics_of(content_of(reply)).get(key, 0.0)
-    if not 0 < weight < float("inf"):
-        raise ReplyError(f"its metric {key!r} must be above 0, got {weight}. Does the app report it?")
+    if not 0 < weight <= MAX_WEIGHT:
+        raise ReplyError(
+            f"its metric {key!r} must be above 0, at most {MAX_WEIGHT:.0e}, got {weight}. Does the app report it?"
+        )
     return weight
 
 

@@ -19,7 +19,9 @@ from fedkit.codec.baselines import Qsgd
 from fedkit.codec.protocol import Quantizer
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
-from fedkit.errors import ConfigError
+from fedkit.errors import ConfigError, ReplyError
+from fedkit.memory import GENESIS
+from fedkit.message import Report
 
 from .asking import Part
 from .base import UpdateStrategy
@@ -86,6 +88,14 @@ class Marina(UpdateStrategy[Estimate]):
     def coding(self, server_round: int) -> Codec:
         """Return how uploads are coded; whole ones are not."""
         return Codec() if self._all_whole(server_round) else self.codec
+
+    def check(self, node_id: int, report: Report) -> None:
+        """Refuse what came late, if it is a difference where others are whole, or the other way round."""
+        whole = self._all_whole(self._cohort.server_round)
+        if not report.skipped and (report.base == GENESIS) != whole:
+            raise ReplyError(
+                f"it came too late: {'whole updates are' if whole else 'a difference is'} wanted now."
+            )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

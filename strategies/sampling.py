@@ -16,6 +16,7 @@ def wait_for_nodes(
     wanted: int,
     enough: int,
     at_least: int,
+    training: bool,
     timeout: float,
     missing: Callable[[Sequence[int]], Sequence[str]],
 ) -> list[int]:
@@ -29,6 +30,8 @@ def wait_for_nodes(
         How many must be in a later one, and in the first one when time is up.
     at_least
         How many of them must be ready, see `RoundGrid.ready`.
+    training
+        Whether it is for training, so that answers that came late count as ready.
     timeout
         Seconds to wait.
     missing
@@ -42,7 +45,9 @@ def wait_for_nodes(
     deadline = grid.clock.monotonic() + timeout
     while True:
         node_ids = list(grid.get_node_ids())
-        ready, late = len(grid.ready(node_ids, server_round, at_least)), grid.clock.monotonic() >= deadline
+        able = set(grid.ready(node_ids, server_round, at_least, spare=training))
+        ready = len(able | (grid.late_nodes() if training else set()))
+        late = grid.clock.monotonic() >= deadline
         if ready >= at_least and len(node_ids) >= (enough if late or server_round > 1 else wanted):
             return node_ids
         if late:

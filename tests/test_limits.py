@@ -194,6 +194,27 @@ def test_a_failing_node_is_left_alone_ever_longer_and_reinstated_by_an_answer():
     assert asked == [1, 2, 4, 7, 12, 13, 14]
 
 
+def test_nodes_that_answer_while_a_round_waits_for_nodes_are_ready():
+    """Half answer at once, the others long after: the next rounds wait for those, not for their deadlines."""
+    slow = [Event(1, "3", delay=30.0), Event(1, "4", delay=30.0), Event(2, "2", delay=60.0)]
+    wrapped = grid(faults=Faults(events=tuple(slow)), limits=Limits(quorum=0.5, grace=1.0))
+    run(wrapped, 4)
+    assert wrapped.clock.now < 60
+    assert [len(nodes) for nodes in wrapped.inner.inner.asked] == [5, 3, 2, 4]
+    assert sum(wrapped.ledger.round_totals(k)["late"] for k in range(1, 5)) == 2
+
+
+def test_whose_answer_came_late_is_not_asked_while_there_are_others():
+    pauses = Pauses()
+    assert pauses.choose([1, 2, 3], {3}, 5, 3) == [1, 2]
+    for _ in range(2):
+        pauses.fail(2, 4)
+    assert pauses.choose([1, 2, 3], {3}, 5, 2) == [1]
+    assert pauses.choose([1, 2, 3], {3}, 5, 3) == [1, 2]
+    assert pauses.choose([2, 3], {3}, 5, 1) == [2]
+    assert pauses.choose([3], {3}, 5, 1) == [3]
+
+
 def test_pauses_double_up_to_a_limit():
     pauses = Pauses()
     gaps = []

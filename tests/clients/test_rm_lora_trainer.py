@@ -143,3 +143,16 @@ def test_a_run_taken_up_again_goes_on_with_the_same_masks(tmp_path):
     assert watch.chosen == watched.chosen[3:]
     for name, array in get_adapter(whole.model).items():
         np.testing.assert_allclose(get_adapter(again.model)[name], array, rtol=1e-5, atol=1e-6)
+
+
+def test_the_penalty_is_of_the_model_that_is_trained_also_if_model_init_makes_it(tmp_path):
+    made = RMLoraTrainer(
+        model_init=lambda: tiny_model(b_is_zero=False),
+        args=TrainingArguments(tmp_path, learning_rate=5e-2, num_train_epochs=20, report_to=[], use_cpu=True),
+        train_dataset=EXAMPLES,
+        rm_lora=rm_config(active_rank=R, orth_reg_weight=100.0),
+    )
+    for _ in range(2):
+        before = float(orthogonality_penalty(made.call_model_init()))
+        made.train()
+        assert float(orthogonality_penalty(made.model)) < before / 2

@@ -9,6 +9,7 @@ from fedkit.arrays import flatten
 from fedkit.codec.baselines import Qsgd
 from fedkit.errors import ConfigError
 from fedkit.faults import Event, Faults
+from fedkit.limits import Limits
 from fedkit.message import from_arrays, to_arrays
 from fedkit.rounds import RoundGrid
 from fedkit.skipping import SkipRule
@@ -17,7 +18,7 @@ from fedkit.strategies import Aquila, Marina, Plain
 from fedkit.strategies.contents import mean_metrics
 from fedkit.strategies.loss_levels import LossLevels
 from tests.helpers.gradient import SIZE, Quadratic, app_of
-from tests.helpers.grid import InProcessGrid
+from tests.helpers.grid import InProcessGrid, VirtualTime
 from tests.helpers.quadratic import LIKE
 
 NUM, RATE, ROUNDS = 4, 0.3, 25
@@ -149,6 +150,19 @@ def test_marina_is_silent_after_a_loss_until_all_send_everything():
     assert again > 4, "choose another seed"
     assert [s.bits for s in seen[2][3 : again - 1]] == [0] * (again - 4)
     assert all(s.bits for s in seen[2][again - 1 :])
+
+
+@pytest.mark.parametrize("client", ["0", "3"])
+def test_a_whole_update_that_comes_too_late_for_marina_is_as_good_as_lost(client):
+    found = []
+    for event in (Event(1, client, lost=True), Event(1, client, delay=0.5)):
+        inner = InProcessGrid([app_of(p, RATE) for p in PROBLEMS])
+        limits, slow = Limits(quorum=0.5, grace=0.3, deadline=60.0), Event(2, "1", delay=0.2)
+        grid = RoundGrid(inner, faults=Faults(events=(event, slow)), limits=limits, clock=VirtualTime())
+        result = Marina(whole=1e-9, **EVERYBODY).start(grid, from_arrays(LIKE), num_rounds=5)
+        found.append(flatten(to_arrays(result.arrays)))
+    assert sum(grid.ledger.round_totals(k)["late"] for k in range(1, 6)) == 1
+    np.testing.assert_array_equal(*found)
 
 
 def test_published_forms_differ_from_fedavg_only_in_what_they_say():

@@ -173,6 +173,28 @@ def test_an_app_that_does_not_say_its_weight_is_told_so(caplog):
     assert "its metric 'num-examples' must be above 0" in caplog.text
 
 
+def test_a_weight_that_no_sum_could_hold_costs_that_reply_alone(caplog):
+    apps = [app(), app(metrics={"num-examples": 1e308}), app()]
+    with caplog.at_level(logging.WARNING):
+        result = Plain(fraction_evaluate=0.0).start(InProcessGrid(apps), initial(), num_rounds=2)
+    assert "must be above 0, at most 1e+15, got 1e+308" in caplog.text
+    assert all(np.isfinite(array.numpy()).all() for array in result.arrays.values())
+
+
+def test_who_evaluates_is_another_choice_than_who_trained():
+    asked = {"train": [], "evaluate": []}
+
+    class Watched(InProcessGrid):
+        def answer(self, message):
+            asked[message.metadata.message_type].append(message.metadata.dst_node_id)
+            return super().answer(message)
+
+    strategy = Plain(fraction_train=0.2, fraction_evaluate=0.2)
+    strategy.start(Watched([app()] * 20), initial(), num_rounds=5)
+    trained, evaluated = (np.reshape(nodes, (5, 4)) for nodes in asked.values())
+    assert any(set(a) != set(b) for a, b in zip(trained, evaluated, strict=True))
+
+
 @pytest.mark.parametrize("base", [FedAvg, Plain, ErrorFeedback, Aquila, Safari])
 def test_a_subclass_may_set_the_learning_rate_in_each_round(base):
     class Halving(base):
