@@ -88,12 +88,17 @@ def _by_example(given: Tensor) -> Tensor:
 
 
 def _watched(model: PeftModel) -> nn.Module:
-    """Return the module whose input is averaged."""
+    """Return the module whose input is averaged: not an embedding, which is given numbers of tokens."""
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
+    from torch.nn import Embedding
 
     heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, LoraLayer) and not isinstance(module.get_base_layer(), Embedding)
+    ]
     if not heads and not layers:
         raise ConfigError("features: the model has neither a head that is trained nor a layer with LoRA.")
     return heads[-1] if heads else layers[0]

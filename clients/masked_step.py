@@ -25,6 +25,17 @@ Hold: TypeAlias = Literal["gradient", "update"]
 BLOCK: Final = 16
 """Steps whose masks are drawn, and brought to the device, at once."""
 
+MOMENTS: Final = {
+    "momentum_buffer",
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_inf",
+    "square_avg",
+    "grad_avg",
+}
+"""What optimizers of torch call their means of gradients, which begin at zero."""
+
 _Held: TypeAlias = dict[str, tuple[list[int], list[Tensor]]]
 
 
@@ -126,7 +137,7 @@ class MaskedStep:
             if not begun:  # before this step the optimizer remembered nothing of some factors
                 for key, (rows, tensors) in _held(group, optimizer).items():
                     for row, tensor in zip(rows, tensors, strict=True):
-                        if row not in held.get(key, ((), ()))[0]:
+                        if key in MOMENTS and row not in held.get(key, ((), ()))[0]:
                             tensor.mul_(whole[row])
         if now:
             torch._foreach_lerp_(saved, now, masks)  # exact, where the mask is 0 as where it is 1

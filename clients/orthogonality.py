@@ -94,8 +94,8 @@ class _Family:
     def __init__(self, r: int, groups: list[tuple[str, list[Tensor]]]) -> None:
         self.groups, sizes, one = groups, [len(group) for _, group in groups], groups[0][1][0]
         self.size = sum(sizes)
-        self._eye = torch.eye(r, dtype=one.dtype, device=one.device)
-        self._scratch = torch.empty(self.size, r, r, dtype=one.dtype, device=one.device)
+        self._eye = torch.eye(r, dtype=_precise(one.dtype), device=one.device)
+        self._scratch = self._eye.new_empty(self.size, r, r)
         self._of_groups = torch.split_with_sizes(self._scratch, sizes)
 
     def grams(self) -> Tensor:
@@ -150,8 +150,15 @@ def effective_rank(model: nn.Module) -> float:
 
 
 def _stack(group: list[Tensor]) -> Tensor:
-    """Return factors of one shape: (factors, r, ·) if they are A, (factors, ·, r) if B; of convolutions flat."""
-    return torch.stack(group).flatten(2)
+    """Return factors of one shape: (factors, r, ·) if they are A, (factors, ·, r) if B; of convolutions flat.
+
+    Those of half precision in float32: squares of a small B would be zero in theirs.
+    """
+    return torch.stack(group).flatten(2).to(_precise(group[0].dtype))
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _sides(factor: str, stack: Tensor) -> tuple[Tensor, Tensor]:

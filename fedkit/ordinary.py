@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from fedkit.arrays import NamedArrays
 from fedkit.errors import ConfigError, SchemaMismatchError, WireFormatError
 
 STATISTICS: Final = ("running_mean", "running_var")  # PyTorch's names, at the end of an array's
+_PLACE: Final = re.compile(r"^(slot|cluster)-\d+/")  # what TAC puts before a name
 MAX_BYTES: Final = 2**28  # of what a client accepts beside the frames
 
 Beside: TypeAlias = Mapping[str, NDArray[Any]]
@@ -50,7 +52,7 @@ class Ordinary:
 
     def dtype(self, name: str) -> str:
         """Return the type of an array that travels in the frames; one of a slot or a cluster has its adapter's."""
-        plain = name.partition("/")[2] or name
+        plain = _PLACE.sub("", name)
         return self.dtypes.get(name) or self.dtypes.get(plain) or self.dtypes.get(f"cluster-0/{plain}", "float32")
 
     def pack(self) -> bytes:
@@ -160,12 +162,23 @@ def unpack_values(data: bytes, like: Beside) -> Beside:
 
 
 def mean(all_values: Sequence[tuple[float, Beside]], like: Beside) -> Beside:
-    """Return the weighted mean, in the types of `like`; the values are (weight, arrays) each."""
+    """Return the weighted mean, in the types of `like`; the values are (weight, arrays) each.
+
+    Where all say the same it is that, also of whole numbers that no float holds.
+    """
     total = math.fsum(weight for weight, _ in all_values)
-    return {
-        name: as_type(np.sum([w / total * own[name] for w, own in all_values], axis=0), str(array.dtype))
-        for name, array in like.items()
-    }
+    found = {}
+    for name, array in like.items():
+        means = np.sum([w / total * own[name] for w, own in all_values], axis=0)
+        if array.dtype.kind in "iu":
+            least, most = float(np.iinfo(array.dtype).min), float(np.iinfo(array.dtype).max)
+            means = np.clip(
+                means, least, most if int(most) <= np.iinfo(array.dtype).max else np.nextafter(most, 0)
+            )
+        first = all_values[0][1][name]
+        same = np.all([own[name] == first for _, own in all_values], axis=0)
+        found[name] = np.where(same, first, as_type(means, str(array.dtype)))
+    return found
 
 
 def _raw(beside: Beside) -> bytes:

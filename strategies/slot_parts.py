@@ -9,6 +9,8 @@ from functools import partial
 from fedkit.aggregation.protocol import Cohort, Upload
 from fedkit.aggregation.slots import count_slots, join_slots, split_clusters, split_slots
 from fedkit.arrays import Mask, NamedArrays, num_values
+from fedkit.errors import ReplyError
+from fedkit.message import Report
 from fedkit.row_masks import RowMask
 from fedkit.submodels import Cut, SubModel, embed
 
@@ -41,7 +43,8 @@ class SlotParts(Parts):
             for adapter in own:
                 holders.setdefault(id(adapter), (adapter, []))[1].append(node_id)
         parts = {key: self.distribute(adapter, nodes, said) for key, (adapter, nodes) in holders.items()}
-        self._whole |= slots
+        if not self.trivial:
+            self._whole |= slots
         joined: dict[tuple[int, ...], NamedArrays] = {}
         sent = {}
         for node_id, own in slots.items():
@@ -85,3 +88,11 @@ class SlotParts(Parts):
         self, part: SubModel, decode: Callable[[], tuple[NamedArrays, Mask | None]]
     ) -> tuple[NamedArrays, Mask | None]:
         return self._embedded(part, *decode())
+
+
+def num_slots_of(report: Report, most: int) -> int:
+    """Return how many slots a client says it has; raises ReplyError unless that is 1 to `most`."""
+    num_slots = report.options.get("num-slots")
+    if type(num_slots) is not int or not 1 <= num_slots <= most:
+        raise ReplyError(f"num-slots: expected 1 to {most}, got {num_slots!r}. See max_slots.")
+    return num_slots

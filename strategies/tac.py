@@ -40,7 +40,7 @@ from .base import UpdateStrategy
 from .cluster_map import ClusterMap
 from .composition import check_inside_clusters
 from .parts import PRODUCTS, WHOLE, LoraMode, Parts
-from .slot_parts import SlotParts
+from .slot_parts import SlotParts, num_slots_of
 
 _WHOLE: Final = "adapters are told apart by comparing all of them, whole."
 
@@ -151,6 +151,7 @@ class Tac(UpdateStrategy[ClusterState]):
             raise ConfigError(f"max_slots must be at least 1, got {max_slots}.")
         self.state = ClusterState()
         self._map = ClusterMap(tasks)
+        self._lacking: set[str] = set()  # the clients that have slots whose features are not known
         self._steps: Sequence[float] = ()  # squared norm of the last step of each cluster
 
     @classmethod
@@ -201,11 +202,14 @@ class Tac(UpdateStrategy[ClusterState]):
 
     def check(self, node_id: int, report: Report) -> None:
         """Refuse slots that cannot be told apart."""
-        num_slots, features = _num_slots(report, self.max_slots), report.options.get(FEATURES)
+        num_slots, features = num_slots_of(report, self.max_slots), report.options.get(FEATURES)
         if features is not None:
             features_from_text(features, num_slots)
-        elif self.evidence == "features" and not (report.skipped or self._told(report.client_id, num_slots)):
-            raise ReplyError("features: the server has none of its slots, and they did not come.")
+            self._lacking.discard(report.client_id)
+        elif not (report.skipped or self._told(report.client_id, num_slots)):
+            self._lacking.add(report.client_id)  # it is asked for them, next time
+            if self.evidence == "features":
+                raise ReplyError("features: the server lacks those of a slot, and they did not come.")
 
     def _options_of(self, node_id: int, known: dict[str, Mapping[str, Scalar]]) -> Mapping[str, Scalar]:
         """Return how a node codes its slots; when it may skip, by the last steps of its own clusters."""
@@ -217,13 +221,14 @@ class Tac(UpdateStrategy[ClusterState]):
         elif self.density < 1:
             options |= {CODING: "masked", "density": self.density, "seed": self.seed}
         client = self.registry.names([node_id]).get(node_id, "")
-        if self.evidence in ASKED and not self._told(client, len(self._clusters_of(node_id))):
+        lacks = client in self._lacking or not self._told(client, len(self._clusters_of(node_id)))
+        if self.evidence in ASKED and lacks:
             options |= {FEATURES: ASKED[self.evidence]}
         return options
 
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
         """Return arrays with the names and shapes of all slots that the client says it has."""
-        num_slots = _num_slots(report, self.max_slots)
+        num_slots = num_slots_of(report, self.max_slots)
         return join_slots(split_slots(sent, num_slots))
 
     def aggregate_train(
@@ -238,11 +243,3 @@ class Tac(UpdateStrategy[ClusterState]):
             self._steps = [squared_norm(subtract(new, old)) for new, old in moved]
             self._map.put(self.progress.folder, server_round + self.progress.before, self.state.seen)
         return arrays, metrics
-
-
-def _num_slots(report: Report, most: int) -> int:
-    """Return how many slots a client says it has."""
-    num_slots = report.options.get("num-slots")
-    if type(num_slots) is not int or not 1 <= num_slots <= most:
-        raise ReplyError(f"num-slots: expected 1 to {most}, got {num_slots!r}. See max_slots.")
-    return num_slots

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from fedkit import files
+from fedkit.errors import StateError
 
 
 def line(number, **more):
@@ -35,3 +37,19 @@ def test_a_value_that_cannot_be_written_leaves_the_former_one(tmp_path):
         files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [each.name for each in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_an_archive_with_any_bit_flipped_is_read_or_is_a_state_error(tmp_path):
+    path = tmp_path / "state.npz"
+    files.write_archive(path, {"a": np.arange(5.0), "b": np.zeros((2, 3), np.float32)})
+    good = path.read_bytes()
+    refused = 0
+    for bit in range(8 * len(good)):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bad)
+        try:
+            files.read_archive(path)
+        except StateError:
+            refused += 1
+    assert refused > len(good)

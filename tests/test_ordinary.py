@@ -87,3 +87,29 @@ def test_damaged_instructions_are_refused():
 def test_an_app_that_leaves_one_out_is_told_which(beside):
     with pytest.raises(SchemaMismatchError, match="'n'"):
         pack_values({name: array for name, array in beside.items() if name != "n"}, beside)
+
+
+@pytest.mark.parametrize("value", [np.iinfo(np.int64).max, np.iinfo(np.int64).min, 2**53 + 1])
+def test_a_whole_number_that_all_agree_on_is_the_mean(value):
+    own = {"n": np.asarray([value, 7])}
+    assert mean([(10.0, own), (3.0, own)], own)["n"].tolist() == [value, 7]
+    other = {"n": np.asarray([value, 9])}
+    assert mean([(1.0, own), (1.0, other)], own)["n"].tolist() == [value, 8]
+
+
+def test_a_mean_near_the_largest_whole_number_does_not_wrap_around():
+    for dtype in (np.int64, np.uint64, np.int32, np.uint8):
+        most = np.iinfo(dtype).max
+        found = mean(
+            [(1.0, {"n": np.asarray([most], dtype)}), (1.0, {"n": np.asarray([most - 1], dtype)})],
+            {"n": np.asarray([0], dtype)},
+        )
+        assert float(found["n"][0]) == pytest.approx(float(most), rel=1e-2)
+
+
+def test_an_array_in_a_module_keeps_its_own_type_beside_one_of_the_same_last_name():
+    own = {"kernel": np.ones(2, np.float16), "dense/kernel": np.asarray([1.0001, 2.0002], np.float32)}
+    arrays, ordinary = split(record(own))
+    again = ordinary.record(arrays)
+    assert {name: array.numpy().dtype for name, array in again.items()} == {n: a.dtype for n, a in own.items()}
+    assert ordinary.dtype("slot-0/kernel") == ordinary.dtype("cluster-3/kernel") == "float16"

@@ -98,7 +98,8 @@ def summed(known: Sum | None, row: Row) -> Sum:
 def features_to_text(means: NDArray[np.float32]) -> str:
     """Return the features of a client's slots, one row each, as its report says them: float16, base64."""
     rows = means if means.shape[1] <= MOST else np.stack([sketch(row, MOST) for row in means])
-    return b64encode(np.ascontiguousarray(rows, "<f2").tobytes()).decode()
+    largest = np.finfo(np.float16).max  # what is beyond, is that
+    return b64encode(np.clip(rows, -largest, largest).astype("<f2").tobytes()).decode()
 
 
 def features_from_text(text: object, num_slots: int) -> list[Row]:

@@ -145,7 +145,7 @@ def weighted_mean(
         total += weight
         for name, array in arrays.items():
             sums[name] += weight * array.astype(np.float64)
-    return {name: (value / total if total else value).astype(np.float32) for name, value in sums.items()}
+    return {name: np.asarray(value / total if total else value, np.float32) for name, value in sums.items()}
 
 
 def owners_mean(
@@ -160,6 +160,8 @@ def owners_mean(
             sums[name] += weight * kept * array.astype(np.float64)
             totals[name] += weight * kept
     return {
-        name: np.divide(value, totals[name], out=np.zeros_like(value), where=totals[name] > 0).astype(np.float32)
+        name: np.asarray(
+            np.divide(value, totals[name], out=np.zeros_like(value), where=totals[name] > 0), np.float32
+        )
         for name, value in sums.items()
     }

@@ -193,3 +193,14 @@ def test_the_seed_and_the_number_of_a_step_alone_decide_what_it_trains():
             now = [kept(a.grad) for _, a, _ in lora_pairs(model)]
             assert chosen.setdefault((seed, step), now) == now
     assert len({str(components) for components in chosen.values()}) > 4
+
+
+def test_what_an_optimizer_begins_with_is_left_to_it_unless_it_is_a_mean_of_gradients():
+    model = tiny_model(b_is_zero=False)
+    optimizer = torch.optim.Rprop([p for _, *pair in lora_pairs(model) for p in pair], lr=1e-3)
+    masked = MaskedStep(model, 1, hold="update")
+    model(**tiny_batches()[0]).loss.backward()
+    masked.before(0, optimizer)
+    optimizer.step()
+    masked.after(optimizer)
+    assert all((state["step_size"] == 1e-3).all() for state in optimizer.state.values())

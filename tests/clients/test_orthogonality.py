@@ -62,6 +62,24 @@ def test_the_gradient_by_hand_is_that_of_the_penalty_and_is_added(make, penalty)
                 torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("penalty", ["norm", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_of_half_precision_have_the_gradient_of_float32_ones(penalty, dtype):
+    half, single = (tiny_model(b_is_zero=False) for _ in range(2))
+    with torch.no_grad():
+        for (_, *low), (_, *high) in zip(lora_pairs(half), lora_pairs(single), strict=True):
+            low[1].mul_(1e-3)  # B, after a few steps from zero
+            for p, q in zip(low, high, strict=True):
+                p.data = p.to(dtype)
+                q.copy_(p)
+    for model in (half, single):
+        Orthogonality(model, penalty).add_gradient(1.0)
+    for (_, *low), (_, *high) in zip(lora_pairs(half), lora_pairs(single), strict=True):
+        for p, q in zip(low, high, strict=True):
+            torch.testing.assert_close(p.grad, q.grad.to(dtype))
+    assert orthogonality_penalty(half, penalty).isfinite()
+
+
 def test_the_norm_fixes_the_scale_and_the_cosine_does_not():
     for scale in (1.0, 3.0):
         model = orthonormal(tiny_model(), scale)

@@ -1,6 +1,7 @@
 """What an app may do with Flower's FedAvg, it may do with fedkit: types, options, metrics, configs."""
 
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def test_who_evaluates_is_another_choice_than_who_trained():
 
     strategy = Plain(fraction_train=0.2, fraction_evaluate=0.2)
     strategy.start(Watched([app()] * 20), initial(), num_rounds=5)
-    trained, evaluated = (np.reshape(nodes, (5, 4)) for nodes in asked.values())
+    trained, evaluated = (np.reshape(nodes[-20:], (5, 4)) for nodes in asked.values())
     assert any(set(a) != set(b) for a, b in zip(trained, evaluated, strict=True))
 
 
@@ -223,3 +224,35 @@ def test_a_coded_downlink_keeps_types_and_a_resumed_run_what_goes_beside(tmp_pat
     for name in MIXED:
         np.testing.assert_array_equal(resumed[name].numpy(), whole[name].numpy(), err_msg=name)
         assert resumed[name].dtype == whole[name].dtype
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Plain,
+        Aquila,
+        Safari,
+        Safari.published,
+        partial(Tac, num_clusters=2),
+        partial(Tac, num_clusters=2, density=0.5),
+    ],
+)
+def test_a_parameter_without_dimensions_is_trained_and_saved(make, tmp_path):
+    client = ClientApp(mods=MODS)
+
+    @client.train()
+    def train(message, context):
+        (record,) = message.content.array_records.values()
+        moved = {name: array.numpy() + np.float32(1) for name, array in record.items()}
+        arrays = ArrayRecord({name: Array(np.asarray(array)) for name, array in moved.items()})
+        return Message(RecordDict({"a": arrays, "m": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    start = ArrayRecord(
+        {"logit_scale": Array(np.asarray(2.5, np.float32)), "w": Array(np.ones((3, 4), np.float32))}
+    )
+    for rounds in (2, 3):
+        strategy = make(fraction_evaluate=0.0, checkpoint=tmp_path)
+        result = strategy.start(InProcessGrid([client] * 3), start, num_rounds=rounds)
+    found = {name.removeprefix("cluster-0/"): array.numpy() for name, array in result.arrays.items()}
+    assert found["logit_scale"].shape == ()
+    assert found["logit_scale"] > 2.5

@@ -26,10 +26,11 @@ MEANS = np.random.default_rng(0).normal(size=(3, 24)).astype(np.float32)
 
 def client(name, asked, *, says=None):
     """A client whose updates are noise; what its examples are like is its tasks' and a little its own."""
-    app, wanted = ClientApp(mods=[TacMod()]), TASKS[name]
+    app = ClientApp(mods=[TacMod()])
 
     @app.train()
     def train(message, context):
+        wanted = TASKS[name]
         asked.append((name, bool(read_instructions(message).options.get(FEATURES))))
         rng = np.random.default_rng([int(name), read_instructions(message).server_round])
         (record,) = message.content.array_records.values()
@@ -171,3 +172,26 @@ def test_what_cannot_be_features_is_a_reply_error():
             features_from_text(text, 3)
     with pytest.raises(ConfigError, match="evidence: expected one of auto, adapters, updates, features"):
         tac(evidence="labels")
+
+
+@pytest.mark.parametrize("evidence", ["features", "auto"])
+def test_a_client_that_gets_another_task_is_asked_once_more(evidence):
+    asked, strategy = [], tac(evidence=evidence)
+    TASKS["1"] = (2,)
+    apps = [client(name, asked) for name in TASKS]
+
+    def later(server_round, arrays):
+        TASKS["1"] = (2,) if server_round < 2 else (2, 0)
+
+    try:
+        strategy.start(RoundGrid(InProcessGrid(apps)), initial(), num_rounds=5, evaluate_fn=later)
+    finally:
+        tasks, TASKS["1"] = dict(TASKS), (2,)
+    assert len(strategy.state.assignment["1"]) == 2
+    assert cluster_accuracy(strategy.state.assignment, tasks) == 1.0
+    assert [wanted for name, wanted in asked if name == "1"] == [True, False, False, True, False]
+
+
+def test_features_beyond_float16_are_its_largest():
+    (row,) = features_from_text(features_to_text(np.array([[1e6, -1e6, 2.0]], np.float32)), 1)
+    assert row[0, :3].tolist() == [65504.0, -65504.0, 2.0]
