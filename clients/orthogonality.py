@@ -158,7 +158,7 @@ def _stack(group: list[Tensor]) -> Tensor:
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def _sides(factor: str, stack: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,8 +31,9 @@ from fedkit.forecast import forecast, forecast_table, remarks
 from fedkit.launch import SuperLink
 from fedkit.ledger import ROUNDS
 from fedkit.options import build_parser, given_options
+from fedkit.outcome import check_outcome
 from fedkit.plan import NAME as PLAN
-from fedkit.plan import Arm, Plan, plan_arms, read_app
+from fedkit.plan import Arm, Plan, plan_arms, read_app, unused
 from fedkit.processes import end_processes
 from fedkit.record import completed, recorded
 from fedkit.report import Row, read_rounds
@@ -48,10 +49,7 @@ RUN_MARK = "FEDKIT_RUN"  # in the environment of all that a command starts: the 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code.
-
-    0; 1 a run failed, or `doctor` found a problem; 2 a wrong option; 130 interrupted.
-    """
+    """Run the command line; return 0; 1: a run failed, or `doctor` found a problem; 2: a wrong option; 130."""
     arguments = build_parser().parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
         # An exception, so that every `with` and `finally` runs; the exit code is a shell's.
@@ -88,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
 def new_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
     """Return what the options of `fedkit run` ask for, and its folder as the user calls it; raises ConfigError."""
     app, defaults = read_app(arguments.app_dir)
-    out = arguments.out or Path("fedkit-runs", f"{app}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = arguments.out or unused(Path("fedkit-runs", f"{app}-{time.strftime('%Y%m%d-%H%M%S')}"))
     arms = plan_arms(arguments, defaults, out.resolve())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out: expected a new or an empty directory, got {out}. Choose another one.")
@@ -203,7 +201,8 @@ def run_arms(console: Console, plan: Plan, arms: Sequence[Arm]) -> None:
                 live_display(console, arm) as tell,
             ):
                 superlink.run(plan.app_dir, arm.config, arm.run_dir, in_turn(tell, track))
-            show(console, arm)
+                warnings = check_outcome(arm)
+            show(console, arm, warnings)
 
 
 def in_turn(*takers: Callable[[Row], None]) -> Callable[[Row], None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
@@ -14,7 +14,7 @@ from fedkit.doctor import Finding
 from fedkit.ledger import ROUNDS
 from fedkit.plan import Arm
 from fedkit.report import Row, read_rounds
-from fedkit.report.tables import missing_table, news, round_table, totals_line
+from fedkit.report.tables import missing_table, news, refused_lines, round_table, totals_line
 
 SIGNS: Final = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
 
@@ -25,13 +25,17 @@ def finding_line(finding: Finding) -> str:
     return f"{line}\n    {escape(finding.advice)}" if finding.advice else line
 
 
-def show(console: Console, arm: Arm) -> None:
-    """Print what happened in an arm."""
+def show(console: Console, arm: Arm, warnings: Sequence[str] = ()) -> None:
+    """Print what happened in an arm, and what to know of it."""
     rows = read_rounds(arm.run_dir / ROUNDS)
     console.print(round_table(rows, arm.title))
     if (missing := missing_table(rows)) is not None:
         console.print(missing)
+    for line in refused_lines(rows):
+        console.print(escape(line), soft_wrap=True)
     console.print(totals_line(rows), soft_wrap=True)
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 
 
 @contextmanager

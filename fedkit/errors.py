@@ -17,7 +17,10 @@
     └── LaunchError                  a Flower process that did not start, or a run that failed
 """
 
+from typing import Final
+
 __all__ = [
+    "LACKING",
     "CodecError",
     "ConfigError",
     "CrashError",
@@ -32,6 +35,12 @@ __all__ = [
     "VersionError",
     "WireFormatError",
 ]
+
+LACKING: Final = (
+    "the ClientApp lacks this strategy's mod, or has another before it that needs arrays: "
+    "give it mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()], or the one of them, first."
+)
+"""Of a node whose mods, or whose app, were given a frame instead of arrays."""
 
 
 class FedkitError(Exception):

@@ -160,5 +160,8 @@ def remarks(forecasts: Mapping[str, Forecast]) -> list[str]:
         )
         lines.append(f"  and needs {needs} at once, besides its model and training.")
     rehearsed = max(each.rehearsed for each in forecasts.values())
-    less = "" if all(each.trained for each in forecasts.values()) else " Clients that skip send less: see --train."
+    untrained = [name for name, each in forecasts.items() if not each.trained]
+    less = " Clients that skip send less: see --train." if untrained else ""
+    if "tac" in untrained:
+        less += " Of tac's clients each was taken to have one task; with more they send more."
     return [*lines, f"{rehearsed} rounds were rehearsed.{less}"]

@@ -27,6 +27,8 @@ JOURNAL: Final = "ledger.jsonl"  # and per message
 CLUSTERS: Final = "clusters.jsonl"  # and per round of TAC: which adapter is in which cluster
 ANNOUNCED: Final = "fedkit round: "  # before a line of the first, in the log
 TRAIN: Final = "train"  # a key of a round: what its clients measured when they trained
+REFUSED: Final = "refused"  # a key of a round: why a reply was of no use, by client
+MOST_WORDS: Final = 300  # letters of such a reason
 MISSING_CLIENTS, STAND_INS = "missing-clients", "stand-ins"  # keys of a round: a list, and names by name
 
 
@@ -43,6 +45,7 @@ class Ledger:
         self._uplink: dict[int, Entry] = {}  # the last of each node
         self._ideal: dict[int, float] = {}  # of each node's next message down
         self._counts: dict[int, Counter[str]] = {}
+        self._values: dict[int, int] = {}  # of what clients were asked to train, all together, by round
         self._sockets: dict[int, Counter[str]] = {}
         self._measured: dict[int, dict[str, Any]] = {}  # by round
         self._start = time.monotonic()
@@ -65,6 +68,12 @@ class Ledger:
         elif node_id in self._uplink:
             self._uplink[node_id].ideal_bits = bits
 
+    def refuse(self, server_round: int, node_id: int, reason: str) -> None:
+        """Say why a reply cannot be used: the last line of the reason, for the cause is there."""
+        last = (reason.strip().splitlines() or [""])[-1].strip()
+        why = self._measured.setdefault(server_round, {}).setdefault(REFUSED, {})
+        why[self.client_of(node_id)] = last if len(last) <= MOST_WORDS else f"{last[:MOST_WORDS]} …"
+
     def judge(self, server_round: int, node_id: int, fate: Fate) -> None:
         """Say what became of a node's last message up, and count it in the round: skips and rejected ones."""
         if node_id in self._uplink:
@@ -85,6 +94,10 @@ class Ledger:
             known |= {MISSING_CLIENTS: list(clients), STAND_INS: dict(stand_ins)}
             told = (f"{name} ({stand_ins[name]} stands in)" if name in stand_ins else name for name in clients)
             logger.info("round %d is without client %s.", server_round, ", ".join(told))
+
+    def whole(self, server_round: int, num_values: int) -> None:
+        """Say how many values all clients together were asked to train in a round."""
+        self._values[server_round] = num_values
 
     def carry(self, server_round: int, traffic: Traffic) -> None:
         """Add what the socket carried during a round, seen from the server."""
@@ -166,10 +179,10 @@ class Ledger:
         """Return an `evaluate_fn` that also logs each round, and records it in the folder `to`, if there is one.
 
         A line of its ``rounds.jsonl`` is a round: the metrics of `evaluate_fn` or of the clients, those of
-        training under `TRAIN`, `round_totals`, `miss`, ``fp32-bytes`` (the arrays in float32, once for every
-        client asked) and ``seconds`` since the ledger was made. One that is run again, after a resumption,
-        replaces its line and all later ones. A line of its ``ledger.jsonl`` is a message. The log has the first
-        kind, after the word `ANNOUNCED`.
+        training under `TRAIN`, `round_totals`, `miss`, `refuse`, ``fp32-bytes`` (in float32 what each client
+        was asked to train, or else all the arrays) and ``seconds`` since the ledger was made. One that is run
+        again, after a resumption, replaces its line and all later ones. A line of its ``ledger.jsonl`` is a
+        message. The log has the first kind, after the word `ANNOUNCED`.
 
         Raises
         ------
@@ -188,12 +201,13 @@ class Ledger:
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             metrics = evaluate_fn(server_round, arrays) if evaluate_fn else None
             totals = self.round_totals(server_round)
+            everything = totals["asked"] * sum(math.prod(a.shape) for a in arrays.values())
             line = {
                 "round": server_round,
                 **self._measured.get(server_round, {}),
                 **(metrics or {}),
                 **totals,
-                "fp32-bytes": totals["asked"] * 4 * sum(math.prod(a.shape) for a in arrays.values()),
+                "fp32-bytes": 4 * self._values.get(server_round, everything),
                 "seconds": round(self.seconds, 3),
             }
             logger.info("%s%s", ANNOUNCED, json.dumps(line))

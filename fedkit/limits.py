@@ -94,7 +94,7 @@ class Pauses:
         if count > 1:
             rounds = min(2 ** (count - 2), MAX_PAUSE)
             self._until[node_id] = server_round + 1 + rounds
-            logger.warning("node %d failed %d times: it is not asked for %d rounds.", node_id, count, rounds)
+            logger.warning("node %d failed %d times: it is not asked for %d round(s).", node_id, count, rounds)
 
     def clear(self, node_id: int) -> None:
         """Take note of an answer."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -93,7 +94,8 @@ class Plan:
             trackers = plan.get("trackers", {})
             return cls(folder, app, Path(plan["app-dir"]), compare, arms, superlink, plan["fedkit"], trackers)
         except OSError:
-            raise ConfigError(f"{folder}: expected the folder of a `fedkit run`, got no {NAME} in it.") from None
+            got = f"no {NAME} in it" if folder.exists() else "none of that name"
+            raise ConfigError(f"{folder}: expected the folder of a `fedkit run`, got {got}.") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path}: expected what `fedkit run` wrote, got {error!r}. Was it damaged?"
@@ -141,6 +143,12 @@ class Plan:
             yield
 
 
+def unused(folder: Path) -> Path:
+    """Return a folder that is not there yet: this one, or with a number after its name."""
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return folder if not folder.exists() else next(each for each in numbered if not each.exists())
+
+
 def read_app(app_dir: Path) -> tuple[str, dict[str, Scalar]]:
     """Return an app's name and its run config's defaults, nested tables as dotted keys, as Flower has it.
 
@@ -158,8 +166,9 @@ def read_app(app_dir: Path) -> tuple[str, dict[str, Scalar]]:
     except (tomllib.TOMLDecodeError, KeyError) as error:
         raise ConfigError(f"{path} does not describe a Flower App: {error!r}.") from None
     defaults = dict(flatten(app.get("config", {})))
-    for key in (key for key in DRIVEN_KEYS if key not in defaults):
-        raise ConfigError(f"{path}: [tool.flwr.app.config] lacks {key!r}, which `fedkit run` drives. Add it.")
+    if lacking := [key for key in DRIVEN_KEYS if key not in defaults]:
+        keys = ", ".join(map(repr, lacking))
+        raise ConfigError(f"{path}: [tool.flwr.app.config] lacks {keys}, which `fedkit run` drives. Add them.")
     return name, defaults
 
 
@@ -208,6 +217,8 @@ def plan_arms(arguments: argparse.Namespace, defaults: Mapping[str, Scalar], out
         raise ConfigError(f"--seeds: expected at least 1, got {arguments.seeds}.")
     config = {**defaults, **given}
     checked = common(config)
+    if not config["strategy"]:
+        raise ConfigError("strategy: expected a name, got ''.")
     strategies = dict.fromkeys([str(config["strategy"]), *([arguments.compare] if arguments.compare else [])])
     if defaults["strategy"] in STRATEGIES:  # else the app has names of its own
         check_keys(strategies, STRATEGIES, what="strategy")

@@ -34,6 +34,7 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 from fedkit.booking import Booking
+from fedkit.errors import LACKING
 from fedkit.faults import Faults
 from fedkit.faulty import FaultyGrid
 from fedkit.flower import GridWrapper, is_unavailable
@@ -210,8 +211,7 @@ class RoundGrid(GridWrapper):
                 self._booking.meet(reply)
                 self._pauses.clear(sent.node_id)
             else:
-                reason = str(reply.error.reason)
-                reason += " A mod around fedkit's needs arrays: put fedkit's first." if STYPE in reason else ""
+                reason = LACKING if STYPE in str(reply.error.reason) else reply.error.reason
                 logger.warning("round %d, %s: %s", sent.server_round, self._booking.name(sent.node_id), reason)
                 if not is_unavailable(reply):
                     self._pauses.fail(sent.node_id, sent.server_round)

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedkit.aggregation.missing import Missing
 from fedkit.aggregation.protocol import StepSize, step_at
-from fedkit.arrays import NamedArrays
+from fedkit.arrays import NamedArrays, num_values
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import QuorumError, ReplyError
@@ -31,7 +31,7 @@ from .budget import Budget
 from .composition import REMEMBERS, composed
 from .contents import mean_metrics
 from .downlink import Downlink
-from .options import FedAvgOptions
+from .options import FedAvgOptions, check_names
 from .parts import PRODUCTS, WHOLE, Parts
 from .privacy import refuse_secure_aggregation
 from .progress import Progress
@@ -66,6 +66,7 @@ class Asking(FedAvg):
         node_timeout: float,
         **fedavg: Unpack[FedAvgOptions],
     ) -> None:
+        check_names(type(self), fedavg)
         fedavg.setdefault("train_metrics_aggr_fn", mean_metrics)
         fedavg.setdefault("evaluate_metrics_aggr_fn", mean_metrics)
         super().__init__(**fedavg)
@@ -178,6 +179,8 @@ class Asking(FedAvg):
         """Return a fresh message for each node."""
         messages = []
         known: dict[str, Mapping[str, Scalar]] = {}  # options by part, so that each is worked out once
+        if kind == MessageType.TRAIN:
+            self.ledger.whole(server_round, sum(map(num_values, sent.values())))
         size = float(step_at(self.step_size, server_round))
         if size != 1:
             config = ConfigRecord({**config, STEP_SIZE: size})  # for the app

@@ -55,10 +55,10 @@ def build(
         options["min_evaluate_nodes"] = everybody
     if make is not FedAvg:
         options["checkpoint"] = config.folder or ""
-    return make(**options | read_options(config.strategy_options, make, _class_of(make)))
+    return make(**options | read_options(config.strategy_options, make, class_of(make)))
 
 
-def _class_of(make: Callable[..., Strategy]) -> type[FedAvg]:
+def class_of(make: Callable[..., Strategy]) -> type[FedAvg]:
     """Return what is constructed: by a class, by a method of one, or by a part of either."""
     found: Any = getattr(make, "func", make)
     of: type[FedAvg] = getattr(found, "__self__", found)

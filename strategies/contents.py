@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from fedkit.arrays import Mask, NamedArrays
 from fedkit.codec.wire import open_frame
-from fedkit.errors import ReplyError
-from fedkit.message import records_of
+from fedkit.errors import LACKING, ReplyError
+from fedkit.message import STYPE, records_of
 
 MAX_WEIGHT: Final = 1e15  # of a reply; updates of 1e18, times that, fit a float32
 
@@ -19,7 +19,8 @@ MAX_WEIGHT: Final = 1e15  # of a reply; updates of 1e18, times that, fit a float
 def content_of(reply: Message) -> RecordDict:
     """Return what a reply holds; raises ReplyError if it is an error."""
     if reply.has_error():
-        raise ReplyError(f"it answered with an error: {reply.error.reason}")
+        reason = str(reply.error.reason)
+        raise ReplyError(f"it answered with an error: {LACKING if STYPE in reason else reason}")
     return reply.content
 
 
@@ -30,11 +31,11 @@ def metrics_of(content: RecordDict) -> dict[str, float]:
 
 def weight_of(reply: Message, key: str) -> float:
     """Return what a reply weighs; raises ReplyError unless it is above 0, and at most `MAX_WEIGHT`."""
-    weight = metrics_of(content_of(reply)).get(key, 0.0)
+    weight = metrics_of(content_of(reply)).get(key)
+    if weight is None:
+        raise ReplyError(f"it lacks the metric {key!r}, which it weighs by. Does the app report it?")
     if not 0 < weight <= MAX_WEIGHT:
-        raise ReplyError(
-            f"its metric {key!r} must be above 0, at most {MAX_WEIGHT:.0e}, got {weight}. Does the app report it?"
-        )
+        raise ReplyError(f"its metric {key!r} must be above 0, at most {MAX_WEIGHT:.0e}, got {weight}.")
     return weight
 
 

@@ -94,5 +94,8 @@ def num_slots_of(report: Report, most: int) -> int:
     """Return how many slots a client says it has; raises ReplyError unless that is 1 to `most`."""
     num_slots = report.options.get("num-slots")
     if type(num_slots) is not int or not 1 <= num_slots <= most:
-        raise ReplyError(f"num-slots: expected 1 to {most}, got {num_slots!r}. See max_slots.")
+        raise ReplyError(
+            f"num-slots: expected 1 to {most}, got {num_slots!r}. Give Tac more num_clusters, in the run config "
+            'strategy-options="num-clusters=3", or max_slots.'
+        )
     return num_slots

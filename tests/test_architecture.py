@@ -24,6 +24,7 @@ LAYERS = [  # each may import from its own layer and from those below
         "fedkit.rehearsal",
         "fedkit.plan",
         "fedkit.record",
+        "fedkit.outcome",
         "fedkit.launch",
         "fedkit.submit",
         "fedkit.follow",

@@ -101,6 +101,7 @@ def test_a_stock_app_learns_sees_its_own_arrays_and_sends_less(app_name, strateg
     assert seen
     assert all(given == own for given in seen)
     assert [(n.removeprefix("cluster-0/"), *rest) for n, *rest in schema(arrays)] == own
-    lag = 0.3 if (app_name, strategy) == ("peft", "error-feedback") else 0.05  # half a bit, 10 rounds, 800 values
+    # half a bit, or a fifth of the entries, of 800 values for 10 rounds
+    lag = {"error-feedback": 0.3, "safari": 0.1}.get(strategy, 0.05) if app_name == "peft" else 0.05
     assert found > accuracy - lag
     assert sent < {"tac": 1.0, "safari": 0.6}.get(strategy, 0.35) * uplink

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkit.arrays import NamedArrays, check_same_schema
-from fedkit.errors import SchemaMismatchError
+from fedkit.errors import ConfigError, SchemaMismatchError
 
 T = TypeVar("T", np.float32, np.bool_)
 
@@ -55,6 +55,20 @@ def split_clusters(params: NamedArrays) -> list[NamedArrays]:
         For arrays that `join_clusters` cannot have made.
     """
     return _split("cluster", params)
+
+
+def only_cluster(params: NamedArrays) -> NamedArrays:
+    """Return the adapter of an app with one task, under TAC, too.
+
+    Raises
+    ------
+    ConfigError
+        If there are several clusters, of which such an app could not say which one is its own.
+    """
+    clusters = split_clusters(params)
+    if len(clusters) > 1:
+        raise ConfigError(f"num-clusters: expected 1, for this app has one task, got {len(clusters)}.")
+    return clusters[0]
 
 
 def replicate(adapter: NamedArrays, num_clusters: int) -> NamedArrays:

@@ -38,15 +38,19 @@ def news(rows: Sequence[Row]) -> str:
         f"accuracy {format_accuracy(accuracies[-1] if accuracies else None)}  "
         f"up {format_bytes(total(rows, 'uplink-bytes'))}  "
         f"down {format_bytes(total(rows, 'downlink-bytes'))}  "
-        f"skips {total(rows, 'skips')}  missing {total(rows, 'missing')}"
+        f"skips {total(rows, 'skips')}  missing {total(rows, 'missing')}{_rejected(rows)}"
     )
+
+
+def _rejected(rows: Sequence[Row]) -> str:
+    return f"  rejected {count}" if (count := total(rows, "rejected")) else ""
 
 
 def round_table(rows: Sequence[Row], title: str) -> Table:
     """Return the table of a run: bytes and counts of each round, and the saving up to it."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "so far: uplink up to this round, and how many times less that is than in fp32"
-    counts = ["skips", "missing"]
+    counts = ["skips", "missing", *(["rejected"] if total(rows, "rejected") else [])]
     for name in ("round", "accuracy", "uplink", "downlink", *counts, "so far", "vs fp32"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in thin_out(rows):
@@ -75,6 +79,17 @@ def missing_table(rows: Sequence[Row]) -> Table | None:
     for line in found:
         table.add_row(*line)
     return table
+
+
+def refusals(rows: Sequence[Row]) -> list[tuple[int, str]]:
+    """Return why replies were refused, and how often each reason was given, the most frequent first."""
+    reasons = Counter(reason for row in rows for reason in row.get("refused", {}).values())
+    return [(times, reason) for reason, times in reasons.most_common()]
+
+
+def refused_lines(rows: Sequence[Row], most: int = 3) -> list[str]:
+    """Return a line for each of the most frequent reasons."""
+    return [f"{times} replies refused: {reason}" for times, reason in refusals(rows)[:most]]
 
 
 def absences(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
@@ -114,12 +129,11 @@ def totals_line(rows: Sequence[Row]) -> str:
     up, down = total(rows, "uplink-bytes"), total(rows, "downlink-bytes")
     saving = format_times(times_less(total(rows, "fp32-bytes"), up))
     seconds = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
-    refused = f"rejected {count}  " if (count := total(rows, "rejected")) else ""
     return (
         f"accuracy {format_accuracy(final_accuracy(rows))} (mean of last {FINAL_ROUNDS})  "
         f"uplink {format_bytes(up)}, {saving} less than fp32  "
-        f"downlink {format_bytes(down)}  skips {total(rows, 'skips')}  missing {total(rows, 'missing')}  "
-        f"{refused}{seconds:.1f} s"
+        f"downlink {format_bytes(down)}  skips {total(rows, 'skips')}  missing {total(rows, 'missing')}"
+        f"{_rejected(rows)}  {seconds:.1f} s"
     )
 
 

@@ -223,7 +223,7 @@ def test_an_app_without_the_mod_fails_loudly_and_alone(caplog):
     with caplog.at_level(logging.WARNING, logger="fedkit"):
         params, _ = run(Aquila(**DENSE), apps, rounds=1)
     assert flat(params).any()
-    assert "fedkit/1" in caplog.text
+    assert "lacks this strategy's mod" in caplog.text
 
 
 def test_no_replies_keep_the_model():

@@ -171,7 +171,7 @@ def test_metrics_are_averaged_as_flower_does_lists_too(make):
 def test_an_app_that_does_not_say_its_weight_is_told_so(caplog):
     with caplog.at_level(logging.WARNING):
         started(lambda: Plain(fraction_evaluate=0.0), weight="examples", rounds=1)
-    assert "its metric 'num-examples' must be above 0" in caplog.text
+    assert "it lacks the metric 'num-examples'" in caplog.text
 
 
 def test_a_weight_that_no_sum_could_hold_costs_that_reply_alone(caplog):
@@ -256,3 +256,11 @@ def test_a_parameter_without_dimensions_is_trained_and_saved(make, tmp_path):
     found = {name.removeprefix("cluster-0/"): array.numpy() for name, array in result.arrays.items()}
     assert found["logit_scale"].shape == ()
     assert found["logit_scale"] > 2.5
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong", "near"), [(Aquila, "fraction_evalute", "fraction_evaluate"), (Safari, "densty", "density")]
+)
+def test_a_misspelt_option_is_refused_with_the_nearest_one(make, wrong, near):
+    with pytest.raises(TypeError, match=f"option of {make.__name__} '{wrong}'. Did you mean '{near}'"):
+        make(**{wrong: 0.1})

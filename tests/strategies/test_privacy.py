@@ -85,7 +85,7 @@ def test_what_error_feedback_keeps_is_of_updates_with_noise():
 def test_local_dp_outside_the_mod_is_an_error_that_says_what_to_do(caplog):
     with caplog.at_level(logging.WARNING):
         moved(Aquila(**ALL), [local_dp(1.0, 0.1), AquilaMod()])
-    assert "put fedkit's first" in caplog.text
+    assert "or has another before it that needs arrays" in caplog.text
 
 
 def test_rows_that_rest_do_not_go_with_noise(caplog):

@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedkit.adapter import ask_for_adapter
-from fedkit.aggregation.slots import split_clusters
+from fedkit.aggregation.slots import only_cluster
 from fedkit.config import parse
 from fedkit.message import from_arrays, to_arrays
 from fedkit.rounds import RoundGrid
@@ -28,7 +28,7 @@ def main(grid: Grid, context: Context) -> None:
     test = task.evaluator(config) if task.HAS_TORCH else None
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        (found,) = split_clusters(to_arrays(arrays))  # one, also under TAC, for there is one task
+        found = only_cluster(to_arrays(arrays))
         return MetricRecord(test(found)) if test else None
 
     result = build(config, clients_evaluate=test is None).start(
@@ -38,4 +38,4 @@ def main(grid: Grid, context: Context) -> None:
         evaluate_fn=rounds.ledger.recording(evaluate, to=config.folder),
     )
     if config.folder:
-        adapter.save(config.folder / "adapter", *split_clusters(to_arrays(result.arrays)))
+        adapter.save(config.folder / "adapter", only_cluster(to_arrays(result.arrays)))

@@ -3,7 +3,7 @@
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fedkit.aggregation.slots import split_clusters
+from fedkit.aggregation.slots import only_cluster
 from fedkit.clients.adapters import describe, set_adapter
 from fedkit.config import parse
 from fedkit.message import from_arrays, to_arrays
@@ -24,7 +24,7 @@ def main(grid: Grid, context: Context) -> None:
     adapter = describe(model)
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        set_adapter(model, *split_clusters(to_arrays(arrays)))  # one, also under TAC, for there is one task
+        set_adapter(model, only_cluster(to_arrays(arrays)))
         return MetricRecord(task.evaluate(model, images))
 
     rounds = RoundGrid(grid, faults=config.schedule(), limits=config.limits())
@@ -35,4 +35,4 @@ def main(grid: Grid, context: Context) -> None:
         evaluate_fn=rounds.ledger.recording(evaluate, to=config.folder),
     )
     if config.folder:
-        adapter.save(config.folder / "adapter", *split_clusters(to_arrays(result.arrays)))
+        adapter.save(config.folder / "adapter", only_cluster(to_arrays(result.arrays)))
