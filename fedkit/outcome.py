@@ -17,7 +17,7 @@ from fedkit.report.tables import refusals
 from fedkit.strategies.by_name import STRATEGIES, class_of
 
 _STARTED: Final = re.compile(r"Starting (\w+) strategy")  # as Flower logs it
-_HOW: Final = "See the README, what `fedkit run` needs of an app."
+_HOW: Final = "See strategies/README.md: what `fedkit run` needs of an app."
 
 
 def check_outcome(arm: Arm) -> list[str]:

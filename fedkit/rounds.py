@@ -211,10 +211,11 @@ class RoundGrid(GridWrapper):
                 self._booking.meet(reply)
                 self._pauses.clear(sent.node_id)
             else:
-                reason = LACKING if STYPE in str(reply.error.reason) else reply.error.reason
+                reason = LACKING if STYPE in (text := str(reply.error.reason)) else text
                 logger.warning("round %d, %s: %s", sent.server_round, self._booking.name(sent.node_id), reason)
                 if not is_unavailable(reply):
                     self._pauses.fail(sent.node_id, sent.server_round)
+                    self.ledger.refuse(sent.server_round, sent.node_id, reason)
             pulled.append((sent, reply))
         return pulled
 
@@ -226,8 +227,7 @@ class RoundGrid(GridWrapper):
         self.ledger.note(server_round, late=1)
         who, fate = self._booking.name(sent.node_id), "used" if used else "dropped"
         logger.info("round %d, %s: its answer came late, and is %s.", sent.server_round, who, fate)
-        if used:
-            self._late.append(reply)
+        self._late += [reply] if used else []
 
     def _tell(self, ids: set[str], server_round: int) -> None:
         """Say whose answers a round has not waited for."""

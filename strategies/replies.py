@@ -117,8 +117,8 @@ class Inbox:
         self.ledger.miss(self.cohort.server_round, sorted(missing), stand_ins)
 
     def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
-        self.ledger.refuse(self.cohort.server_round, node_id, str(error))
         if not counted:  # an error reply was counted, and logged, by the grid
+            self.ledger.refuse(self.cohort.server_round, node_id, str(error))
             logger.warning("round %d, node %d: reply refused: %s", self.cohort.server_round, node_id, error)
             self.ledger.judge(self.cohort.server_round, node_id, "rejected")
 

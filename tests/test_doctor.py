@@ -92,6 +92,21 @@ def test_an_app_with_torch_and_no_worker_is_told_of_it_and_one_without_mods_too(
     assert "AquilaMod" in by_name(app_findings(tmp_path / "app"), "mods").advice
 
 
+@pytest.mark.parametrize(
+    ("strategy", "mod"), [("safari", "SafariMod"), ("error-feedback", "ErrorFeedbackMod"), ("marina", "AquilaMod")]
+)
+def test_the_mod_that_the_strategy_needs_is_missed(tmp_path: Path, strategy: str, mod: str) -> None:
+    shutil.copytree(TINY_APP, tmp_path / "app")
+    pyproject, client = tmp_path / "app" / "pyproject.toml", tmp_path / "app" / "tiny_app" / "client_app.py"
+    pyproject.write_text(pyproject.read_text().replace('strategy = "fedavg"', f'strategy = "{strategy}"'))
+    assert by_name(app_findings(tmp_path / "app"), "mods").level == "ok"
+    client.write_text(client.read_text().replace(f"{mod}(), ", "").replace(f", {mod}()]", "]"))
+    finding = by_name(app_findings(tmp_path / "app"), "mods")
+    assert finding.level == "problem"
+    assert f"needs {mod}" in finding.found
+    assert f"{mod}()" in finding.advice
+
+
 def test_a_client_that_is_no_python_is_a_problem(tmp_path: Path) -> None:
     shutil.copytree(TINY_APP, tmp_path / "app")
     (tmp_path / "app" / "tiny_app" / "client_app.py").write_text("def (")

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Context, MetricRecord, RecordDict
 
+from fedkit.clients import AquilaMod, SafariMod
 from fedkit.codec.wire import read_header
 from fedkit.message import read_frame, to_arrays
+from fedkit.report import read_rounds
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import client_app, initial, optimum, targets
 
@@ -67,6 +70,20 @@ def test_the_scheme_of_the_readme_learns_and_sends_a_tenth():
     params = np.concatenate([a.ravel() for a in to_arrays(result.arrays).values()])
     assert np.linalg.norm(params - optimum(4)) < 0.7 * np.linalg.norm(optimum(4))
     assert max(sizes) <= 0.1 * 88 + 4
+
+
+def test_the_server_of_the_readme_runs_what_the_run_config_names(tmp_path):
+    (code,) = [block for block in blocks("python") if "class Config(RunConfig)" in block]
+    names = {"__name__": "server_app", "initial_arrays": initial}
+    names["evaluate"] = lambda server_round, arrays: MetricRecord({"accuracy": 0.5})
+    exec(compile(code, "strategies/README.md", "exec"), names)
+    config = {"strategy": "safari", "num-rounds": 3, "num-clients": 4, "seed": 0, "run-dir": str(tmp_path)}
+    grid = InProcessGrid([client_app([AquilaMod(), SafariMod()], target) for target in targets(4)])
+    names["app"](grid, Context(1, 1, {}, RecordDict(), config | {"drop": 0.5, "learning-rate": 0.1}))
+    rows = read_rounds(tmp_path / "rounds.jsonl")
+    assert [row["accuracy"] for row in rows] == [0.5] * 4
+    assert sum(row["missing"] for row in rows) > 0
+    assert sum(row["replies"] for row in rows) > 0
 
 
 @pytest.mark.parametrize("what", ["Budget(", "product-update", "Terms(", "Limits("])

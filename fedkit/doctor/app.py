@@ -12,6 +12,7 @@ from typing import Final
 from fedkit.config import RunConfig
 from fedkit.errors import ConfigError
 from fedkit.plan import read_app
+from fedkit.strategies.by_name import STRATEGIES, class_of
 
 from .finding import Finding, ok, problem, warning
 
@@ -47,7 +48,7 @@ def app_findings(app_dir: Path) -> Iterator[Finding]:
             yield problem(kind, f"no file for {component}", "Mend [tool.flwr.app.components].")
         elif kind == "clientapp":
             try:
-                yield from _client(app_dir, path)
+                yield from _client(app_dir, path, str(config["strategy"]))
             except (SyntaxError, ValueError) as error:
                 yield problem(kind, f"cannot be read: {error}", "Mend the file.")
     size = sum(path.stat().st_size for path in app_dir.rglob("*.py"))
@@ -55,7 +56,7 @@ def app_findings(app_dir: Path) -> Iterator[Finding]:
         yield problem("size", f"{size} bytes of Python", f"Flower takes apps of at most {BUNDLE_BYTES} bytes.")
 
 
-def _client(app_dir: Path, path: Path) -> Iterator[Finding]:
+def _client(app_dir: Path, path: Path, strategy: str) -> Iterator[Finding]:
     """Yield what is found of the module with the ClientApp."""
     found = list(heavy_imports(app_dir, path))
     if found:
@@ -65,15 +66,26 @@ def _client(app_dir: Path, path: Path) -> Iterator[Finding]:
         yield warning("clientapp", f"imports at module level: {'; '.join(found)}", advice)
     else:
         yield ok("clientapp", "imports what is slow inside functions")
-    mods = _mods(ast.parse(path.read_text("utf-8")))
+    mods, needed = _mods(ast.parse(path.read_text("utf-8"))), _mod_of(strategy)
     if not mods:
-        advice = "fedkit's strategies need theirs: ClientApp(mods=[AquilaMod()]). FedAvg needs none."
+        advice = (
+            f"fedkit's strategies need theirs: ClientApp(mods=[{needed or 'AquilaMod'}()]). FedAvg needs none."
+        )
         yield warning("mods", "none", advice)
+    elif needed and needed not in mods:
+        found_mods = f"{', '.join(mods)}, and the strategy {strategy!r} needs {needed}"
+        yield problem("mods", found_mods, f"Add it: ClientApp(mods=[…, {needed}()]). Several go side by side.")
     elif "WarmWorker" not in mods and any(map(_is_heavy, app_dir.rglob("*.py"))):
         advice = "WarmWorker(__file__) first among the mods saves importing torch for each message."
         yield warning("mods", f"{', '.join(mods)}; no WarmWorker", advice)
     else:
         yield ok("mods", ", ".join(mods))
+
+
+def _mod_of(strategy: str) -> str:
+    """Return the name of the mod that clients need for a strategy; none for Flower's FedAvg, and unknown ones."""
+    scheme = getattr(class_of(STRATEGIES[strategy]), "scheme", "") if strategy in STRATEGIES else ""
+    return "".join(map(str.capitalize, scheme.split("-"))) + "Mod" if scheme else ""
 
 
 def _is_heavy(path: Path) -> bool:
