@@ -25,7 +25,7 @@ from rich.console import Console
 
 from fedkit.display import finding_line, live_display, show
 from fedkit.doctor import examine
-from fedkit.errors import ConfigError, FedkitError
+from fedkit.errors import ConfigError, FedkitError, OutcomeError
 from fedkit.files import write_json
 from fedkit.forecast import forecast, forecast_table, remarks
 from fedkit.launch import SuperLink
@@ -229,7 +229,8 @@ def resumable(out: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        error.add_note(f"Take it up with: fedkit resume {shlex.quote(str(out))}")
+        again = f"Take it up with: fedkit resume {shlex.quote(str(out))}"
+        error.add_note("Mend the app, and start another run." if isinstance(error, OutcomeError) else again)
         raise
 
 

@@ -15,6 +15,7 @@
     ├── MemoryBudgetError            a client that would take more memory than its device has for it
     ├── StateError                   what must be remembered cannot be written or read
     └── LaunchError                  a Flower process that did not start, or a run that failed
+        └── OutcomeError             a run that ended as if all were well, and is of no use
 """
 
 from typing import Final
@@ -27,6 +28,7 @@ __all__ = [
     "FedkitError",
     "LaunchError",
     "MemoryBudgetError",
+    "OutcomeError",
     "QuorumError",
     "ReplyError",
     "SchemaMismatchError",
@@ -93,3 +95,7 @@ class StateError(FedkitError):
 
 class LaunchError(FedkitError):
     """A Flower process that did not start, or a run that failed."""
+
+
+class OutcomeError(LaunchError):
+    """A run that ended as if all were well, and is of no use: its app needs mending, and another run."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from fedkit.errors import LaunchError
+from fedkit.errors import OutcomeError
 from fedkit.follow import plain
 from fedkit.ledger import ROUNDS
 from fedkit.plan import Arm
@@ -25,22 +25,22 @@ def check_outcome(arm: Arm) -> list[str]:
 
     Raises
     ------
-    LaunchError
+    OutcomeError
         If no round was recorded, no message counted, or every reply refused.
     """
     rows = [row for row in read_rounds(arm.run_dir / ROUNDS) if row["round"]]
     if not rows:
-        raise LaunchError(
+        raise OutcomeError(
             "the app ended, and recorded no round: its server has to give `start` an "
             f"evaluate_fn=grid.ledger.recording(evaluate, to=config.folder). {_HOW}"
         )
     if all(row.get("asked") == 0 for row in rows):
-        raise LaunchError(
+        raise OutcomeError(
             "no client was asked to train in any round, as far as was counted: the app's server has to give "
             f"`start` a RoundGrid(grid, faults=config.schedule(), limits=config.limits()). {_HOW}"
         )
     if total(rows, "rejected") and not total(rows, "replies"):
-        raise LaunchError(f"every reply was refused, so nothing was learnt. {_first(rows)}")
+        raise OutcomeError(f"every reply was refused, so nothing was learnt. {_first(rows)}")
     return [warning for warning in [_other_strategy(arm)] if warning]
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from flwr.clientapp import ClientApp
 
-from fedkit.errors import LaunchError
+from fedkit.errors import OutcomeError
 from fedkit.ledger import ROUNDS
 from fedkit.outcome import check_outcome
 from fedkit.plan import Arm
@@ -49,7 +49,7 @@ def test_what_went_well_needs_no_word(arm):
 )
 def test_a_run_that_recorded_counted_or_used_nothing_has_failed(arm, rows, reason):
     write(arm, *rows)
-    with pytest.raises(LaunchError, match=reason):
+    with pytest.raises(OutcomeError, match=reason):
         check_outcome(arm)
 
 
