@@ -96,7 +96,9 @@ def check_same_schema(arrays: NamedArrays | Mask, *, like: NamedArrays | Mask) -
     """
     for name, expected in like.items():
         if name not in arrays:
-            raise SchemaMismatchError(f"array {name!r} is missing.")
+            extra = [repr(other) for other in arrays if other not in like]
+            instead = f" There is {', '.join(extra[:3])} instead." if extra else ""
+            raise SchemaMismatchError(f"array {name!r} is missing.{instead}")
         if arrays[name].shape != expected.shape:
             raise SchemaMismatchError(
                 f"array {name!r}: expected shape {expected.shape}, got {arrays[name].shape}. "

@@ -99,7 +99,7 @@ def check_keys(keys: Iterable[str], known: Iterable[str], *, what: str = "run-co
     known = list(known)
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
             raise ConfigError(f"unknown {what} {key!r}. {hint}")
 

@@ -46,6 +46,11 @@ def read_options(text: str, make: Callable[..., Any], of: type[FedAvg]) -> dict[
     known = {name.replace("_", "-"): name for name in types}
     coded = {key: made for key, made in CODED.items() if _takes(of, made[0])}
     given = parse_overrides([text], what="strategy-options")
+    for key in given:
+        if names := [
+            other for other, (name, *_) in coded.items() if name == key.replace("-", "_") and key not in known
+        ]:
+            raise ConfigError(f"strategy-options: {key} takes an object, and here goes by {' or '.join(names)}.")
     check_keys(given, [*known, *coded], what=f"option of {of.__name__}")
     options: dict[str, Any] = {}
     for key, value in given.items():

@@ -227,12 +227,13 @@ class Parts:
 
     def _check_factors(self, params: NamedArrays) -> list[str]:
         """Return the LoRA factors that no client sends; ConfigError if they cannot be left out."""
+        what = "row_mask" if self.rows.mask else f"lora: {self.lora!r}" if self.lora in ("ffa", "fedsa") else ""
+        factor = "lora_B" if self.lora == "fedsa" else "lora_A"
+        names = [name for name in params if is_factor(name, factor)]
+        if what and not names:
+            raise ConfigError(f"{what} needs LoRA factors, got {list(params)[:3]}.")
         if self.lora not in ("ffa", "fedsa"):
             return []
-        factor = "lora_A" if self.lora == "ffa" else "lora_B"
-        names = [name for name in params if is_factor(name, factor)]
-        if not names:
-            raise ConfigError(f"lora: {self.lora!r} needs LoRA factors, got {list(params)[:3]}.")
         if self.lora == "fedsa" and any(params[name].any() for name in names):
             raise ConfigError(
                 "lora: with 'fedsa' every client's lora_B begins at zero, that of the arrays does not."

@@ -87,6 +87,7 @@ def test_the_run_config_sets_options_of_the_strategy():
         ("aquila", "top-k=0.5", "unknown option of Aquila 'top-k'"),
         ("safari", "density='much'", "density: expected float, got 'much'"),
         ("safari", "density=2.0", "density must be above 0"),
+        ("aquila", "quantizer=8", "quantizer takes an object, and here goes by rate or min-bits"),
         ("error-feedback", "rate='half'", "expected float, got str"),
         ("error-feedback", "missing='invent'", "missing: expected 'drop'"),
         ("error-feedback", "lora='product'", "lora|product: not with ErrorFeedback"),

@@ -321,3 +321,10 @@ def test_what_does_not_compose_is_refused_with_the_reason(make, reason):
 def test_values_that_can_never_work_are_refused(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
         RowMask(**{"active_rank": 2, **values})
+
+
+def test_rows_of_a_model_without_lora_factors_are_refused_before_training():
+    strategy = Plain(row_mask=RowMask(active_rank=2))
+    arrays = from_arrays({"w": np.zeros((3, 4), np.float32)})
+    with pytest.raises(ConfigError, match="row_mask needs LoRA factors, got"):
+        strategy.start(InProcessGrid([]), arrays, num_rounds=1)
