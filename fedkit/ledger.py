@@ -210,6 +210,7 @@ class Ledger:
                 "fp32-bytes": 4 * self._values.get(server_round, everything),
                 "seconds": round(self.seconds, 3),
             }
+            line = _strict(line)
             logger.info("%s%s", ANNOUNCED, json.dumps(line))
             if folder:
                 self.journal(folder / JOURNAL)
@@ -217,6 +218,15 @@ class Ledger:
             return metrics
 
         return evaluate
+
+
+def _strict(value: Any) -> Any:
+    """Return a value without NaN and infinity, of which JSON knows nothing: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _strict(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(entry: Entry) -> dict[str, object]:

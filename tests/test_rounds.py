@@ -120,3 +120,15 @@ def test_the_ledger_says_what_became_of_each_upload_and_what_training_measured(t
     assert {fate for (client, _), fate in fates.items() if client not in "023"} == {"error"}
     (_, first, _) = map(json.loads, (tmp_path / "rounds.jsonl").read_text().splitlines())
     assert first["train"] == {"loss": 1.0}
+
+
+def test_a_metric_that_is_no_number_is_recorded_as_json_has_it(tmp_path):
+    wrapped = grid()
+    broken = wrapped.ledger.recording(
+        lambda server_round, arrays: MetricRecord({"accuracy": float("nan"), "per-class": [0.5, float("inf")]}),
+        to=tmp_path,
+    )
+    Aquila(**EVERYBODY).start(wrapped, initial(), num_rounds=1, evaluate_fn=broken)
+    lines = (tmp_path / "rounds.jsonl").read_text().splitlines()
+    (first, last) = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert (first["accuracy"], last["per-class"]) == (None, [0.5, None])
