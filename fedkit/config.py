@@ -13,7 +13,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias, TypeVar, get_type_hints
+from typing import Any, ClassVar, Final, TypeAlias, TypeVar, get_origin, get_type_hints
 
 from fedkit.errors import ConfigError
 from fedkit.faults import Faults
@@ -80,6 +80,11 @@ def parse(cls: type[T], run_config: Mapping[str, Scalar]) -> T:
         For an unknown key, naming the nearest known one, and for a value of another type than its field's.
     """
     types = get_type_hints(cls)
+    keys = {name for name, kind in types.items() if get_origin(kind) is not ClassVar}
+    if keys - {field.name for field in dataclasses.fields(cls)}:
+        raise ConfigError(
+            f"{cls.__name__}: its keys are no fields. Put @dataclass(frozen=True, kw_only=True) before it."
+        )
     fields = {field.name.replace("_", "-"): field.name for field in dataclasses.fields(cls)}
     check_keys(run_config, fields)
     values: dict[str, Any] = {

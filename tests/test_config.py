@@ -103,3 +103,11 @@ def test_the_run_config_sets_options_of_the_strategy():
 def test_an_option_that_cannot_be_is_refused_with_the_nearest_or_the_reason(strategy, options, message):
     with pytest.raises(ConfigError, match=message):
         built(strategy, options)
+
+
+def test_a_config_that_is_no_dataclass_is_told_so():
+    class Config(RunConfig):
+        lr: float = 0.1
+
+    with pytest.raises(ConfigError, match=r"Config: its keys are no fields\. Put @dataclass"):
+        parse(Config, {"lr": 0.2})
