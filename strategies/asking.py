@@ -146,9 +146,8 @@ class Asking(FedAvg):
         ready = grid.ready(node_ids, server_round, self.limits.needed(size), spare=training)
         ready = self.parts.names(ready, self.registry.submodels)
         ready.sort(key=self.registry.order)
-        return choose(
-            ready, size, f"{self.seed}/{server_round}" if training else f"{self.seed}/{server_round}/{kind}"
-        )
+        seed = f"{self.seed}/{server_round}"
+        return choose(ready, size, seed if training else f"{seed}/{kind}")
 
     def _introduce(self, grid: RoundGrid, node_ids: Sequence[int], server_round: int, *, sampling: bool) -> None:
         """Ask nodes that are not known which client they are, where that matters.
