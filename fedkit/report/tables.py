@@ -89,7 +89,10 @@ def refusals(rows: Sequence[Row]) -> list[tuple[int, str]]:
 
 def refused_lines(rows: Sequence[Row], most: int = 3) -> list[str]:
     """Return a line for each of the most frequent reasons."""
-    return [f"{times} replies refused: {reason}" for times, reason in refusals(rows)[:most]]
+    return [
+        f"{times} {'reply' if times == 1 else 'replies'} refused: {reason}"
+        for times, reason in refusals(rows)[:most]
+    ]
 
 
 def absences(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
