@@ -133,10 +133,11 @@ def _rehearse(app_dir: Path, config: Mapping[str, Any], rounds: int, train: bool
 def forecast_table(forecasts: Mapping[str, Forecast]) -> Table:
     """Return the forecasts side by side."""
     num_rounds = len(next(iter(forecasts.values())).rounds)
-    table = Table(title=f"Expected in {num_rounds} rounds", title_justify="left")
+    table = Table(title=f"Expected in {num_rounds} rounds", title_justify="left", caption_justify="left")
     for name in ("strategy", ""):
         table.add_column(name, no_wrap=True)
-    for name in ("first round", "later", "all rounds", "frames", "vs fp32"):
+    table.caption = "bytes of the first round, of each later one, of all; frames: without Flower's envelopes"
+    for name in ("first", "later", "all", "frames", "vs fp32"):  # short, for a terminal of 80 columns
         table.add_column(name, justify="right", no_wrap=True)
     for name, each in forecasts.items():
         fp32 = 4 * each.values * total(each.rounds, "asked")
@@ -144,7 +145,7 @@ def forecast_table(forecasts: Mapping[str, Forecast]) -> Table:
             sizes = [row[f"{direction}-bytes"] for row in each.rounds]
             cells = [sizes[0], sizes[-1], sum(sizes), total(each.rounds, f"{direction}-frame-bytes")]
             saved = format_times(times_less(fp32, sum(sizes)))
-            table.add_row(name, direction, *map(format_bytes, cells), saved)
+            table.add_row(name, direction.removesuffix("link"), *map(format_bytes, cells), saved)
     return table
 
 

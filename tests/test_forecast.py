@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from functools import partial
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, RecordDict
+from rich.console import Console
 
 from fedkit import cli, rehearsal
 from fedkit.config import Scalar
-from fedkit.forecast import COUNTS, Forecast, prolonged, share_lost
+from fedkit.forecast import COUNTS, Forecast, forecast_table, prolonged, share_lost
 from fedkit.in_process import InProcessGrid
 from fedkit.plan import Plan, common, read_app
 from fedkit.rehearsal import rehearse
@@ -22,6 +24,7 @@ from fedkit.report.figures import total
 from fedkit.report.page import page
 from fedkit.report.reading import read_arms
 from fedkit.state import STATE_DIR
+from fedkit.strategies import STRATEGIES
 from tests.helpers.runs import write_run
 from tests.helpers.superlink import FakeSuperLink
 
@@ -157,3 +160,11 @@ def test_a_server_that_does_not_run_here_is_an_error_with_its_reason(
     said = capsys.readouterr().err
     assert "cannot be rehearsed here" in said
     assert "No module named" in said
+
+
+def test_a_forecast_fits_a_terminal_of_80_columns() -> None:
+    row = {"round": 1, **dict.fromkeys(COUNTS, 123_456_789)}
+    forecasts = {name: Forecast(name, [row] * 2, 2, values=10**6, state=1.0, peak=1.0) for name in STRATEGIES}
+    console = Console(width=80, file=io.StringIO())
+    console.print(forecast_table(forecasts))
+    assert "…" not in console.file.getvalue()
