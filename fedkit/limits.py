@@ -82,6 +82,8 @@ class Pauses:
         free = [node_id for node_id in idle if node_id not in late]
         rested = [node_id for node_id in free if self.over(node_id, server_round)]
         enough = len(rested) + len(idle) - len(free) >= at_least
+        if idle and not free:
+            logger.warning("round %d: nobody else is ready, so late answers are dropped.", server_round)
         return (rested if enough else free) or free or list(idle)
 
     def over(self, node_id: int, server_round: int) -> bool:

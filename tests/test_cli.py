@@ -9,7 +9,7 @@ import pytest
 
 from fedkit import cli
 from fedkit.errors import ConfigError, LaunchError
-from fedkit.plan import DRIVEN_KEYS, Arm, Plan, plan_arms, read_app
+from fedkit.plan import DRIVEN_KEYS, Arm, Plan, plan_arms, read_app, unused
 from tests.helpers.superlink import FakeSuperLink
 
 TINY_APP = Path(__file__).parent / "fixtures" / "tiny_app"
@@ -156,3 +156,18 @@ def test_at_a_superlink_of_flowers_config_the_server_has_a_folder_of_its_own(
     assert all(folder.startswith("out-") for folder in folders), "relative to a folder of the server"
     assert plan("--superlink", "there")[0].config["run-dir"] != plan("--superlink", "there")[0].config["run-dir"]
     assert Plan.load(tmp_path / "out").superlink == "there"
+
+
+def test_two_runs_in_one_second_have_folders_of_their_own(tmp_path):
+    folder = tmp_path / "app-20260131-120000"
+    for name in ("app-20260131-120000", "app-20260131-120000-2", "app-20260131-120000-3"):
+        found = unused(folder)
+        assert found.name == name
+        found.mkdir()
+
+
+def test_all_keys_that_an_app_lacks_are_named_at_once(tmp_path):
+    app = '[project]\nname = "a"\n[tool.flwr.app.config]\nseed = 0\nstrategy = "aquila"\n'
+    (tmp_path / "pyproject.toml").write_text(app)
+    with pytest.raises(ConfigError, match="lacks 'run-dir', 'num-rounds', 'num-clients', which"):
+        read_app(tmp_path)

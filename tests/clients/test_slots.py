@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from fedkit.aggregation.evidence import FEATURES, features_from_text
 from fedkit.aggregation.slots import join_slots, split_slots
@@ -108,3 +108,16 @@ def test_who_is_not_asked_says_nothing() -> None:
         train_slots(model, get_adapter(model), [partial(train, rate=0.1)], features)
         features.write(content)
         assert not content
+
+
+def test_numbers_of_tokens_are_no_features():
+    """With LoRA on the embedding, and no head that is saved, the next layer is watched; texts of any length."""
+    net = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 3))
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "1"]))
+    features, content = Features(asking(True)), RecordDict()
+    with features.watching(model):
+        for length in (5, 7):
+            model(torch.full((2, length), 8))
+    features.write(content)
+    (row,) = features_from_text(content[FEATURES]["means"], 1)
+    np.testing.assert_allclose(row[0, :4], net[0].weight[8].detach().numpy(), atol=1e-2)

@@ -10,11 +10,13 @@ from flwr.clientapp import ClientApp
 from fedkit.aggregation.evidence import FEATURES, MOST, WIDTH, compared, features_from_text, features_to_text
 from fedkit.aggregation.identities import cluster_accuracy
 from fedkit.aggregation.tasks import Tasks
+from fedkit.arrays import num_values
 from fedkit.clients import TacMod
 from fedkit.clients.tac import join_slots, split_slots
 from fedkit.errors import ConfigError, ReplyError
 from fedkit.message import from_arrays, read_instructions, to_arrays
 from fedkit.rehearsal import stand_in
+from fedkit.report import read_rounds
 from fedkit.rounds import RoundGrid
 from fedkit.strategies import Tac
 from tests.helpers.grid import InProcessGrid
@@ -195,3 +197,12 @@ def test_a_client_that_gets_another_task_is_asked_once_more(evidence):
 def test_features_beyond_float16_are_its_largest():
     (row,) = features_from_text(features_to_text(np.array([[1e6, -1e6, 2.0]], np.float32)), 1)
     assert row[0, :3].tolist() == [65504.0, -65504.0, 2.0]
+
+
+def test_what_fp32_would_take_counts_the_slots_of_each_client_not_all_clusters(tmp_path):
+    grid = RoundGrid(InProcessGrid([client(name, []) for name in TASKS]))
+    strategy = tac()
+    record = grid.ledger.recording(None, to=tmp_path)
+    strategy.start(grid, initial(), num_rounds=2, evaluate_fn=record)
+    slots, adapter = sum(map(len, TASKS.values())), num_values(to_arrays(initial()))
+    assert read_rounds(tmp_path / "rounds.jsonl")[2]["fp32-bytes"] == 4 * slots * adapter
