@@ -1,10 +1,10 @@
 """A training step of RM-LoRA against one of plain LoRA: ``python -m benchmarks.rm_lora_step [--full]``.
 
-One model, the quickstart's vision transformer, or with ``--full`` also one of ViT-small's size; the same batch and
-the same AdamW. In every turn each arm makes one step, in an order that is another one each time, and its time is
-divided by that of plain LoRA in the same turn: what else the machine does, both feel. Shown is the median; on the
-CPU, of the processor's time, which other programs hardly change. Operations are what a GPU gets as kernels: where
-models are small, each takes as long as the call, whatever its size.
+One model, the quickstart's vision transformer, or with ``--full`` also one of ViT-small's size and two with next to
+nothing to compute, as deep as those: what calls cost, which is what counts where a GPU waits for them. The same
+batch and the same AdamW. In every turn each arm makes one step, in an order that is another one each time, and its
+time is divided by that of plain LoRA in the same turn: what else the machine does, both feel. Shown is the median;
+on the CPU, of the processor's time, which other programs hardly change. Operations are what a GPU gets as kernels.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from typing import Any
 from benchmarks.harness import Bench, Row, parser, sources_digest
 
 BOUND = 1.03  # of plain LoRA's time
+CALLS = {"hidden": 16, "heads": 4, "image": 8, "patch": 2, "channels": 1, "batch": 1}
 MODELS = {  # hidden size, layers, batch: the quickstart's, and a ViT-small on 65 patches
     "quickstart": {"hidden": 96, "layers": 4, "heads": 4, "image": 8, "patch": 2, "channels": 1, "batch": 32},
     "vit-small": {"hidden": 384, "layers": 12, "heads": 6, "image": 32, "patch": 4, "channels": 3, "batch": 32},
+    "calls alone, 4 layers": CALLS | {"layers": 4},
+    "calls alone, 12 layers": CALLS | {"layers": 12},
 }
 ARMS: dict[str, dict[str, Any]] = {
     "LoRA": {"active_rank": 8},
@@ -151,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     arguments = parser(__doc__)
     arguments.add_argument("--turns", type=int, help="instead of 200, or 20 without --full")
+    arguments.add_argument("--models", nargs="+", choices=MODELS, help="instead of all, or one without --full")
     arguments.add_argument("--device", choices=("cpu", "cuda"), help="instead of all that there are")
     options = arguments.parse_args(argv)
     torch.set_num_threads(1)
@@ -158,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     turns, code = options.turns or (200 if bench.full else 20), sources_digest("clients")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in [options.device] if options.device else devices:
-        for name in MODELS if bench.full else list(MODELS)[:1]:
+        for name in options.models or (MODELS if bench.full else list(MODELS)[:1]):
             found: dict[str, Row] = {}
 
             def row(arm: str, name: str = name, device: str = device, found: dict[str, Row] = found) -> Row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -39,23 +39,34 @@ MOMENTS: Final = {
 _Held: TypeAlias = dict[str, tuple[list[int], list[Tensor]]]
 
 
-class Group(NamedTuple):
-    """Factors of one shape, type and device: what is done to all of them together takes few operations."""
+class Group:
+    """Factors of one shape, type and device: what is done to all of them together takes few operations.
 
-    parameters: list[nn.Parameter]
-    axis: int  # of the components; 0: rows of A, 1: columns of B
-    places: Tensor  # which of the pairs of this rank
+    Parameters
+    ----------
+    parameters : list[nn.Parameter]
+        The factors.
+    axis : int
+        Of the components; 0: rows of A, 1: columns of B.
+    places : list[int]
+        Which of the pairs of this rank.
+    """
 
-    @property
-    def r(self) -> int:
-        """The rank."""
-        return self.parameters[0].shape[self.axis]
+    def __init__(self, parameters: list[nn.Parameter], axis: int, places: list[int]) -> None:
+        self.parameters, self.axis, self.places = parameters, axis, torch.tensor(places)
+        first = parameters[0]
+        self.r = first.shape[axis]
+        self._sizes = [size if other == axis else 1 for other, size in enumerate(first.shape)]
+        self._stack = torch.ones(len(parameters), *first.shape, dtype=first.dtype, device=first.device)
+        self.masks = self._stack.unbind()  # 1 where the present step trains, else 0; as foreach needs them, whole
 
-    def masks(self, active: Tensor) -> tuple[Tensor, ...]:
-        """Return what is to be kept of a stack of all factors, step by step; `active`: (steps, factors, r)."""
-        first = self.parameters[0]
-        sizes = [size if axis == self.axis else 1 for axis, size in enumerate(first.shape)]
-        return active.view(*active.shape[:2], *sizes).to(first.device).unbind()
+    def spread(self, active: Tensor) -> tuple[Tensor, ...]:
+        """Return which components are active, step by step, so that `mask` takes it; (steps, factors, r)."""
+        return active.view(*active.shape[:2], *self._sizes).to(self._stack.device).unbind()
+
+    def mask(self, active: Tensor) -> None:
+        """Set the masks of the present step."""
+        self._stack.copy_(active)
 
 
 class MaskedStep:
@@ -91,10 +102,11 @@ class MaskedStep:
         self._groups, self._ranks = _groups(model)
         if not self._groups:
             raise ConfigError("the model has no LoRA layers: nothing to mask.")
-        self._fixed = None if draw is None else _fixed(model, self._groups, draw)
+        self._fixed = draw is not None
+        if draw is not None:
+            _fix(model, self._groups, draw)
         self._block = -1  # the number of those steps of which
-        self._drawn: list[tuple[Tensor, ...]] = []  # are the masks, by group
-        self._masks: list[dict[int, Tensor]] = []  # by group and row: 1 where the present step trains, else 0
+        self._drawn: list[tuple[Tensor, ...]] = []  # are the active components, by group
         self._held: list[_Held] = []  # by group: what a step may not change in components that rest
         self._saved: list[dict[str, Tensor]] = []  # what it was before the step, stacked
 
@@ -109,11 +121,17 @@ class MaskedStep:
         optimizer : torch.optim.Optimizer, optional
             With "update" only: what is about to step.
         """
-        masks = self._of_step(step) if self._fixed is None else self._fixed
-        self._masks = [_whole(group, mask) for group, mask in zip(self._groups, masks, strict=True)]
-        grads = [p.grad for group in self._groups for p in group.parameters if p.grad is not None]
+        if not self._fixed:
+            self._draw(step)
+        grads: list[Tensor] = []
+        masks: list[Tensor] = []
+        for group in self._groups:
+            for parameter, mask in zip(group.parameters, group.masks, strict=True):
+                if parameter.grad is not None:
+                    grads.append(parameter.grad)
+                    masks.append(mask)
         if grads:
-            torch._foreach_mul_(grads, [whole for own in self._masks for whole in own.values()])
+            torch._foreach_mul_(grads, masks)
         if self._hold == "update":
             if optimizer is None:
                 raise ConfigError("hold: 'update' holds back what an optimizer does: tell `before` which.")
@@ -128,24 +146,24 @@ class MaskedStep:
         now: list[Tensor] = []
         saved: list[Tensor] = []
         masks: list[Tensor] = []
-        for group, whole, held, before in zip(self._groups, self._masks, self._held, self._saved, strict=False):
+        for group, held, before in zip(self._groups, self._held, self._saved, strict=False):
             for key, (rows, tensors) in held.items():
                 now += tensors
                 saved += before[key].unbind()
-                masks += [whole[row].to(tensors[0].dtype) for row in rows]
+                masks += [group.masks[row].to(tensors[0].dtype) for row in rows]
             begun = len(held) > 1 and len({len(rows) for rows, _ in held.values()}) == 1
             if not begun:  # before this step the optimizer remembered nothing of some factors
                 for key, (rows, tensors) in _held(group, optimizer).items():
                     for row, tensor in zip(rows, tensors, strict=True):
                         if key in MOMENTS and row not in held.get(key, ((), ()))[0]:
-                            tensor.mul_(whole[row])
+                            tensor.mul_(group.masks[row])
         if now:
             torch._foreach_lerp_(saved, now, masks)  # exact, where the mask is 0 as where it is 1
             torch._foreach_copy_(now, saved)
         self._held, self._saved = [], []
 
-    def _of_step(self, step: int) -> list[Tensor]:
-        """Return the mask of each group: of each pair's random permutation, the places of the least numbers."""
+    def _draw(self, step: int) -> None:
+        """Set the masks of a step: of each pair's random permutation, the places of the least numbers."""
         block, place = divmod(step, BLOCK)
         if block != self._block:
             generator = torch.Generator().manual_seed((self._seed * 1_000_003 + block) % 2**63)
@@ -155,9 +173,10 @@ class MaskedStep:
                 for r, count in self._ranks.items()
             }
             of_groups = [active[group.r][:, group.axis % draws, group.places] for group in self._groups]
-            self._drawn = [group.masks(own) for group, own in zip(self._groups, of_groups, strict=True)]
+            self._drawn = [group.spread(own) for group, own in zip(self._groups, of_groups, strict=True)]
             self._block = block
-        return [masks[place] for masks in self._drawn]
+        for group, steps in zip(self._groups, self._drawn, strict=True):
+            group.mask(steps[place])
 
 
 def mask_gradients(model: nn.Module, active_rank: int, mask: Pairing, generator: torch.Generator) -> None:
@@ -180,40 +199,29 @@ def mask_gradients(model: nn.Module, active_rank: int, mask: Pairing, generator:
 
 def _groups(model: nn.Module) -> tuple[list[Group], dict[int, int]]:
     """Return the factors, those of a shape together, and how many pairs there are of each rank."""
-    found: dict[tuple[object, ...], tuple[list[nn.Parameter], int, list[int]]] = {}
+    groups: dict[tuple[object, ...], tuple[list[nn.Parameter], int, list[int]]] = {}
     ranks: dict[int, int] = {}
     for _, *pair in lora_pairs(model):
         r = len(pair[0])
         for axis, parameter in enumerate(pair):
             key = (axis, parameter.shape, parameter.dtype, parameter.device)
-            parameters, _, places = found.setdefault(key, ([], axis, []))
+            parameters, _, places = groups.setdefault(key, ([], axis, []))
             parameters.append(parameter)
             places.append(ranks.get(r, 0))
         ranks[r] = ranks.get(r, 0) + 1
-    return [Group(parameters, axis, torch.tensor(places)) for parameters, axis, places in found.values()], ranks
+    return [Group(*found) for found in groups.values()], ranks
 
 
-def _fixed(model: nn.Module, groups: list[Group], draw: RowDraw) -> list[Tensor]:
-    """Return the mask of each group, by PEFT's names of the arrays, as the server has them."""
+def _fix(model: nn.Module, groups: list[Group], draw: RowDraw) -> None:
+    """Set the masks for good, by PEFT's names of the arrays, as the server has them."""
     names: dict[nn.Parameter, str] = {}
     for layer, a, b in lora_pairs(model):
         names |= {a: f"{layer}.lora_A.weight", b: f"{layer}.lora_B.weight"}
-    masks: list[Tensor] = []
     for group in groups:
         active = torch.zeros(len(group.parameters), group.r, dtype=torch.bool)
         for row, parameter in zip(active, group.parameters, strict=True):
             row[torch.from_numpy(draw.rows(names[parameter], group.r))] = True
-        masks += group.masks(active[None])
-    return masks
-
-
-def _whole(group: Group, mask: Tensor) -> dict[int, Tensor]:
-    """Return the masks of those that have a gradient, by row, each as large as its factor: foreach needs that."""
-    rows = [row for row, parameter in enumerate(group.parameters) if parameter.grad is not None]
-    first = group.parameters[0]
-    own = mask if len(rows) == len(mask) else mask[rows]
-    whole = own.expand(-1, *first.shape).to(first.dtype, memory_format=torch.contiguous_format)
-    return dict(zip(rows, whole.unbind(), strict=True))
+        group.mask(group.spread(active[None])[0])
 
 
 def _held(group: Group, optimizer: torch.optim.Optimizer) -> _Held:

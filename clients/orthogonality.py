@@ -92,38 +92,61 @@ class _Family:
     """Factors of one rank, type and device: of each shape, "A" or "B" and which they are."""
 
     def __init__(self, r: int, groups: list[tuple[str, list[Tensor]]]) -> None:
-        self.groups, sizes, one = groups, [len(group) for _, group in groups], groups[0][1][0]
+        sizes, one = [len(group) for _, group in groups], groups[0][1][0]
         self.size = sum(sizes)
         self._eye = torch.eye(r, dtype=_precise(one.dtype), device=one.device)
-        self._scratch = self._eye.new_empty(self.size, r, r)
-        self._of_groups = torch.split_with_sizes(self._scratch, sizes)
+        self._grams = self._eye.new_empty(self.size, r, r)
+        self._flat = self._grams.view(self.size, -1)
+        self.groups = [
+            _Group(*group, grams=grams) for group, grams in zip(groups, self._grams.split(sizes), strict=True)
+        ]
 
     def grams(self) -> Tensor:
         """Return A A^T and B^T B of all factors, of shape (factors, r, r)."""
-        return torch.cat([torch.bmm(*_sides(factor, _stack(group))) for factor, group in self.groups])
+        return torch.cat([torch.bmm(*_sides(group.factor, group.stack())) for group in self.groups])
 
     @torch.no_grad()
     def add_gradient(self, penalty: Penalty, weight: float) -> None:
         """Add half the derivatives of R times a weight; with D, symmetric, that by A A^T, D A by A, B D by B."""
-        stacks = [_stack(group) for _, group in self.groups]
-        for (factor, _), stack, gram in zip(self.groups, stacks, self._of_groups, strict=True):
-            torch.baddbmm(self._eye, *_sides(factor, stack), beta=-1 if penalty == "norm" else 0, out=gram)
+        stacks = [group.stack() for group in self.groups]
+        beta = -1 if penalty == "norm" else 0
+        for group, stack in zip(self.groups, stacks, strict=True):
+            torch.baddbmm(self._eye, *_sides(group.factor, stack), beta=beta, out=group.grams)
         if penalty == "norm":
-            norms = torch.linalg.vector_norm(self._scratch, dim=(1, 2), keepdim=True)
+            norms = torch.linalg.vector_norm(self._flat, dim=1, keepdim=True)
             norms.clamp_min_(torch.finfo(norms.dtype).tiny)  # the derivative counts as 0 where there is none
-            self._scratch.div_(norms)
+            self._flat.div_(norms)
         else:
-            self._scratch.copy_(_by_cosines(self._scratch))
+            self._grams.copy_(_by_cosines(self._grams))
         grads: list[Tensor] = []
         parts: list[Tensor] = []
-        for (factor, group), stack, derivative in zip(self.groups, stacks, self._of_groups, strict=True):
-            gradient = torch.bmm(derivative, stack) if factor == "A" else torch.bmm(stack, derivative)
-            for parameter, part in zip(group, gradient.view(-1, *group[0].shape).unbind(), strict=True):
+        for group, stack in zip(self.groups, stacks, strict=True):
+            left, right = (group.grams, stack) if group.factor == "A" else (stack, group.grams)
+            torch.bmm(left, right, out=group.gradient)
+            for parameter, part in zip(group.parameters, group.parts, strict=True):
                 if parameter.requires_grad:
-                    grads.append(_gradient_of(parameter))
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    grads.append(parameter.grad)
                     parts.append(part)
         if grads:
             torch._foreach_add_(grads, parts, alpha=weight)
+
+
+class _Group:
+    """Factors of one shape, and room for what is worked out of all of them together."""
+
+    def __init__(self, factor: str, parameters: list[Tensor], grams: Tensor) -> None:
+        self.factor, self.parameters, self.grams = factor, parameters, grams
+        self.gradient = self.stack().detach()
+        self.parts = self.gradient.view(-1, *parameters[0].shape).unbind()
+
+    def stack(self) -> Tensor:
+        """Return the factors, (factors, r, ·) if they are A, (factors, ·, r) if B; of convolutions flat.
+
+        Those of half precision in float32: squares of a small B would be zero in theirs.
+        """
+        return torch.stack(self.parameters).flatten(2).to(_precise(self.parameters[0].dtype))
 
 
 def orthogonality_penalty(model: nn.Module, penalty: Penalty = "norm") -> Tensor:
@@ -149,14 +172,6 @@ def effective_rank(model: nn.Module) -> float:
     return float(torch.stack(ranks).mean())
 
 
-def _stack(group: list[Tensor]) -> Tensor:
-    """Return factors of one shape: (factors, r, ·) if they are A, (factors, ·, r) if B; of convolutions flat.
-
-    Those of half precision in float32: squares of a small B would be zero in theirs.
-    """
-    return torch.stack(group).flatten(2).to(_precise(group[0].dtype))
-
-
 def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
@@ -164,13 +179,6 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 def _sides(factor: str, stack: Tensor) -> tuple[Tensor, Tensor]:
     """Return what to multiply for A A^T or B^T B."""
     return (stack, stack.mT) if factor == "A" else (stack.mT, stack)
-
-
-def _gradient_of(parameter: Tensor) -> Tensor:
-    """Return where a parameter's gradient is, made of zeros if it has none."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 def _norms(gram: Tensor) -> Tensor:
