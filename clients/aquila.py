@@ -69,7 +69,7 @@ class AquilaMod(UpdateMod):
         """Return the innovation, or a skip."""
         memory = ClientMemory(job.state, self.scheme, like=update)
         innovation = subtract(update, memory.settle(job.instructions.accepted))
-        if squared_norm(innovation) == 0:
+        if squared_norm(innovation) == 0 and memory.digest != GENESIS:
             return Coded(None, memory.digest)
         frame = job.instructions.codec.encode(innovation, rng=job.rng)
         coded = decode(frame, like=update)

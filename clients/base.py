@@ -19,13 +19,13 @@ from fedkit.flower import ClientAppCallable, refusal
 from fedkit.memory import GENESIS, rewind
 from fedkit.message import (
     LORA,
+    SUBMODEL,
     Instructions,
     Report,
     client_id,
     frame_record,
     read_instructions,
     read_scheme,
-    submodel_of,
     write_report,
 )
 from fedkit.ordinary import Beside, Ordinary, pack_values, split
@@ -112,7 +112,7 @@ class UpdateMod(ABC):
             where = ClientState(context, instructions.experiment)
             state = where.load()
             if instructions.introduce:
-                known = described(context) | submodel_of(context, {})
+                known = described(context) | _submodel(context, {})
                 return _introduction(
                     message, Report(client_id(context), GENESIS, True, held_version(state), known)
                 )
@@ -135,7 +135,7 @@ class UpdateMod(ABC):
                 coded = Coded(None)
                 if message.metadata.message_type == MessageType.TRAIN:
                     coded = self._code_reply(reply.content, given, ordinary.beside, job)
-                options = {**coded.options, **submodel_of(context, instructions.options)}
+                options = {**coded.options, **_submodel(context, instructions.options)}
                 if job.rows is not None:
                     options[ROWS_SEED] = job.rows.seed
                 report = Report(job.client_id, coded.base, coded.frame is None, job.version, options, coded.beside)
@@ -172,3 +172,9 @@ def _introduction(message: Message, report: Report) -> Message:
     content = RecordDict()
     write_report(content, report)
     return Message(content, reply_to=message)
+
+
+def _submodel(context: Context, told: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return what a report says of which part of the model this client holds: by its node config, or as told."""
+    name = context.node_config.get(SUBMODEL, told.get(SUBMODEL))
+    return {} if name is None else {SUBMODEL: str(name)}

@@ -98,7 +98,8 @@ class _Family:
         self._grams = self._eye.new_empty(self.size, r, r)
         self._flat = self._grams.view(self.size, -1)
         self.groups = [
-            _Group(*group, grams=grams) for group, grams in zip(groups, self._grams.split(sizes), strict=True)
+            _Group(*group, grams=grams)
+            for group, grams in zip(groups, torch.split_with_sizes(self._grams, sizes), strict=True)
         ]
 
     def grams(self) -> Tensor:

@@ -63,9 +63,11 @@ class FaultyGrid(GridWrapper):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return the replies that the schedule lets through by now."""
+        wanted = set(message_ids)
+        self._asked = {key: asked for key, asked in self._asked.items() if key in wanted}  # others were given up
         held = {reply.metadata.reply_to_message_id for _, reply in self._held}
         replies = []
-        for reply in self.inner.pull_messages([m for m in message_ids if m not in held]):
+        for reply in self.inner.pull_messages([m for m in wanted if m not in held]):
             asked = self._asked.pop(reply.metadata.reply_to_message_id, None)
             replies += [reply] if asked is None else self._judge(asked, reply)
         now = self._now()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -89,6 +90,10 @@ def put_line(path: Path, line: Mapping[str, Any], *, key: str) -> None:
     StateError
         If the disk is full, or the folder cannot be written; what was there is still there then.
     """
+    # Lines ascend: the last one says whether this belongs behind it.
+    if (last := _last_line(path)) is None or (last.endswith(b"\n") and json.loads(last)[key] < line[key]):
+        append_lines(path, [line])
+        return
     known, text = read_lines(path), path.read_bytes()
     former = [old for old in known if old[key] < line[key]]
     if len(former) == len(known) and (not text or text.endswith(b"\n")):
@@ -96,6 +101,18 @@ def put_line(path: Path, line: Mapping[str, Any], *, key: str) -> None:
         return
     with _replacing(path) as file:
         file.writelines(f"{json.dumps(each)}\n".encode() for each in (*former, line))
+
+
+def _last_line(path: Path) -> bytes | None:
+    """Return the last line of a file, None if it is empty."""
+    with path.open("rb") as file:
+        start = end = file.seek(0, os.SEEK_END)
+        tail = b""
+        while start and b"\n" not in tail[:-1]:
+            start = max(0, start - max(2**12, end - start))
+            file.seek(start)
+            tail = file.read(end - start)
+    return tail[:-1].rpartition(b"\n")[2] + tail[-1:] if tail else None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -123,7 +140,7 @@ def take_up(path: Path, size: int) -> list[dict[str, Any]]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """Yield a file that takes the place of `path`, once all of it is on the disk. Raises StateError."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -30,6 +30,7 @@ TRAIN: Final = "train"  # a key of a round: what its clients measured when they 
 REFUSED: Final = "refused"  # a key of a round: why a reply was of no use, by client
 MOST_WORDS: Final = 300  # letters of such a reason
 MISSING_CLIENTS, STAND_INS = "missing-clients", "stand-ins"  # keys of a round: a list, and names by name
+RESERVED: Final = {"round", TRAIN, REFUSED, MISSING_CLIENTS, STAND_INS}  # no metric may have these names
 
 
 class Ledger:
@@ -141,6 +142,7 @@ class Ledger:
 
     def journal(self, path: Path) -> int:
         """Append the entries that the file lacks, a line of JSON each; return the file's size in bytes."""
+        path = path.resolve()
         known = self._journals.get(path)
         size = append_lines(path, [_line(entry) for entry in self._all[known or 0 :]], anew=known is None)
         self._journals[path] = len(self._all)
@@ -165,11 +167,12 @@ class Ledger:
             self._spent_before[clients[entry.node_id]] += entry.object_bytes
             self._envelope = max(self._envelope, entry.object_bytes - entry.frame_bytes)
         self._all = entries
-        self._journals[path], self._start = len(entries), time.monotonic() - seconds
+        self._journals[path.resolve()], self._start = len(entries), time.monotonic() - seconds
 
     def measure(self, server_round: int, metrics: MetricRecord) -> None:
         """Say what the clients measured when they evaluated a round."""
-        self._measured.setdefault(server_round, {}).update(metrics)
+        own = self._measured.setdefault(server_round, {})
+        own.update({key: value for key, value in metrics.items() if key not in RESERVED})
 
     def trained(self, server_round: int, metrics: MetricRecord) -> None:
         """Say what the clients measured when they trained, and the aggregation when it was done."""
@@ -205,7 +208,7 @@ class Ledger:
             line = {
                 "round": server_round,
                 **self._measured.get(server_round, {}),
-                **(metrics or {}),
+                **{key: value for key, value in (metrics or {}).items() if key not in RESERVED},
                 **totals,
                 "fp32-bytes": 4 * self._values.get(server_round, everything),
                 "seconds": round(self.seconds, 3),

@@ -26,6 +26,7 @@ R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
 STYPE: Final = "fedkit/1"
 FRAME: Final = "frame"  # the name of the one Array of a message
+MAX_NAME, MAX_METRICS = 256, 1024  # characters of a client's id, or of a metric's name; metrics of a reply
 FEDKIT: Final = "fedkit"  # the ConfigRecord of a reply
 
 SERVER_ROUND: Final = "server-round"
@@ -174,6 +175,8 @@ def read_report(content: RecordDict) -> Report:
     if not (isinstance(client_id, str) and all(isinstance(each, bytes) for each in (base, version, beside))):
         raise ReplyError(f"the report is incomplete: it holds {sorted(record)}.")
     base, version, beside = cast(tuple[bytes, bytes, bytes], (base, version, beside))
+    if not 0 < len(client_id) <= MAX_NAME or not client_id.isprintable() or not len(base) == len(version) == 16:
+        raise ReplyError(f"client id {client_id[:20]!r} (1 to {MAX_NAME} letters), or digests not of 16 bytes.")
     skipped = not records_of(content, ArrayRecord)
     return Report(client_id, base, skipped, version, _read_options(record), beside)
 
@@ -183,7 +186,10 @@ def restore_metrics(content: RecordDict) -> None:
     record = content.get(FEDKIT)
     if not isinstance(record, ConfigRecord):
         return
-    for path in [path for path in record if "/" in path]:
+    paths = [path for path in record if "/" in path]
+    if len(paths) > MAX_METRICS or any(len(path) > MAX_NAME for path in paths):
+        raise ReplyError(f"its metrics: expected at most {MAX_METRICS}, with names of at most {MAX_NAME} letters.")
+    for path in paths:
         name, _, key = path.partition("/")
         metrics = content.setdefault(name, MetricRecord())
         if not isinstance(metrics, MetricRecord):
@@ -213,12 +219,6 @@ def client_id(context: Context) -> str:
         if key in context.node_config:
             return str(context.node_config[key])
     return str(context.node_id)
-
-
-def submodel_of(context: Context, told: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Return what a report says of which part of the model this client holds: by its node config, or as told."""
-    name = context.node_config.get(SUBMODEL, told.get(SUBMODEL))
-    return {} if name is None else {SUBMODEL: str(name)}
 
 
 def run_config_of(message: Message, context: Context) -> dict[str, Scalar]:

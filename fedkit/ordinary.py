@@ -169,7 +169,7 @@ def mean(all_values: Sequence[tuple[float, Beside]], like: Beside) -> Beside:
     total = math.fsum(weight for weight, _ in all_values)
     found = {}
     for name, array in like.items():
-        means = np.sum([w / total * own[name] for w, own in all_values], axis=0)
+        means = np.sum([w / total * own[name].astype(np.float64) for w, own in all_values], axis=0)
         if array.dtype.kind in "iu":
             least, most = float(np.iinfo(array.dtype).min), float(np.iinfo(array.dtype).max)
             means = np.clip(

@@ -211,7 +211,7 @@ class RoundGrid(GridWrapper):
                 self._booking.meet(reply)
                 self._pauses.clear(sent.node_id)
             else:
-                reason = LACKING if STYPE in (text := str(reply.error.reason)) else text
+                reason = LACKING if STYPE in (text := " ".join(str(reply.error.reason).split())) else text
                 logger.warning("round %d, %s: %s", sent.server_round, self._booking.name(sent.node_id), reason)
                 if not is_unavailable(reply):
                     self._pauses.fail(sent.node_id, sent.server_round)

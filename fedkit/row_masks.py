@@ -25,6 +25,7 @@ from fedkit.submodels import SubModel, is_factor, whole
 Pairing: TypeAlias = Literal["paired", "independent"]
 """Whether B has the same active components as A, or its own draw: "v1" and "v2" of RM-LoRA's released code."""
 
+MOST_COMPONENTS: Final = 2**16  # of an array: each takes a hash
 _RANK, _PAIRING = "rows-active-rank", "rows-pairing"
 ROWS_SEED: Final = "rows-seed"  # an option of messages, and of the reports that answer them
 
@@ -78,6 +79,8 @@ class RowDraw:
 
     def rows(self, name: str, r: int) -> NDArray[np.intp]:
         """Return the active components of an array of rank `r`, ascending; all if there are no more."""
+        if r > MOST_COMPONENTS:
+            raise ConfigError(f"row_mask: array {name!r} has rank {r}, more than {MOST_COMPONENTS}.")
         if self.pairing == "paired":
             name = ".".join("lora_A" if part == "lora_B" else part for part in name.split("."))
         hashes = [hashlib.blake2b(f"{self.seed}/{name}/{i}".encode(), digest_size=16).digest() for i in range(r)]

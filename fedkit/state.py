@@ -3,7 +3,8 @@
 A client that has a folder for its state, the node config's ``state-dir`` or the environment's `FEDKIT_STATE_DIR`,
 keeps one file for each experiment there. An experiment is a run with all its resumptions: its id is made by the
 server, kept in the server's checkpoint, and sent in every message. Flower's run id and node ids, which change when
-a run is resumed or a SuperNode restarts, are no part of the name.
+a run is resumed or a SuperNode restarts, are no part of the name. A client keeps
+its newest `KEPT` + 1 files.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -28,6 +30,7 @@ State: TypeAlias = dict[str, bytes]
 """What a client remembers, by name; each name is written by one module alone."""
 
 STATE_DIR: Final = "FEDKIT_STATE_DIR"
+KEPT: Final = 8  # former experiments of which a client's file stays
 _RECORD, _EXPERIMENT = "fedkit", "experiment"
 
 
@@ -63,7 +66,19 @@ class ClientState:
         if self.path is None:
             self._context.state[_RECORD] = ConfigRecord({_EXPERIMENT: self._experiment, **state})
         else:
+            if not self.path.exists():
+                self._forget()
             write_archive(self.path, {name: np.frombuffer(data, np.uint8) for name, data in state.items()})
+
+    def _forget(self) -> None:
+        """Remove this client's files of all but the newest `KEPT` former experiments."""
+        assert self.path is not None
+        with suppress(OSError):  # another process may be at it
+            former = sorted(self.path.parent.parent.glob(f"*/{self.path.name}"), key=lambda p: p.stat().st_mtime)
+            for old in former[:-KEPT]:
+                old.unlink()
+                with suppress(OSError):
+                    old.parent.rmdir()  # if nothing else is in it
 
 
 def _safe(name: str) -> str:

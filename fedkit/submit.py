@@ -23,6 +23,7 @@ from fedkit.report import Row
 
 COMMAND_SECONDS: Final = 60.0  # for one `flwr ls`; it takes 1 s
 AWAY_SECONDS: Final = 120.0  # that a SuperLink may take to come back
+NOWHERE: Final = "/"  # where `flwr` takes no argument for the folder of an app
 RUN_ID: Final = "flower-run-id"
 
 
@@ -132,6 +133,7 @@ class Connection:
             stream = subprocess.Popen(
                 [program("flwr"), "log", run_id, self.name, "--stream"],
                 env=self.environment,
+                cwd=NOWHERE,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -169,7 +171,9 @@ class Connection:
         """Return the JSON that a `flwr` command prints; of one that fails, an ``error-message``."""
         command = [program("flwr"), *arguments, "--format", "json"]
         try:
-            done = subprocess.run(command, env=self.environment, capture_output=True, timeout=COMMAND_SECONDS)
+            done = subprocess.run(
+                command, env=self.environment, cwd=NOWHERE, capture_output=True, timeout=COMMAND_SECONDS
+            )
         except subprocess.TimeoutExpired:
             return {"error-message": f"no answer within {COMMAND_SECONDS:.0f} s"}
         said = (done.stdout + done.stderr).decode(errors="replace").strip()

@@ -141,6 +141,7 @@ class Asking(FedAvg):
                 raise
             self.limits.refuse(str(error))
             return []
+        self.registry.alive = set(node_ids) - (grid.owing() - grid.late_nodes())
         size = max(int(len(node_ids) * fraction), minimum)
         self._introduce(grid, node_ids, server_round, sampling=size < len(node_ids))
         ready = grid.ready(node_ids, server_round, self.limits.needed(size), spare=training)

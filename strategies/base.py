@@ -34,6 +34,7 @@ from .downlink import Downlink
 from .options import FedAvgOptions
 from .parts import LoraMode, Parts
 from .privacy import check_wrapped
+from .progress import alone
 from .replies import Inbox
 
 S = TypeVar("S")
@@ -124,8 +125,7 @@ class UpdateStrategy(Asking, Generic[S]):
 
     def remember(self) -> Tree:
         """Return plain values from which `recall` can go on after a restart; here what stands for `state`."""
-        of = self.aggregator
-        return of.remember(self.state) if isinstance(of, Remembering) else self.state
+        return of.remember(self.state) if isinstance(of := self.aggregator, Remembering) else self.state
 
     def recall(self, params: NamedArrays, saved: Tree | None) -> None:
         """Go on from what `remember` returned; None: begin a run."""
@@ -135,6 +135,7 @@ class UpdateStrategy(Asking, Generic[S]):
         else:
             self.state = of.init(params) if saved is None else saved
 
+    @alone
     def start(
         self,
         grid: Grid,
@@ -152,7 +153,7 @@ class UpdateStrategy(Asking, Generic[S]):
         StateError
             If the checkpoint cannot be read or written; before training, if that is clear by then.
         ConfigError
-            If the checkpoint is of another strategy, or of other arrays.
+            If the checkpoint is of another strategy, or of other arrays, or another server is at it.
         QuorumError
             If too few nodes take part, see `limits`.
         """
@@ -176,8 +177,8 @@ class UpdateStrategy(Asking, Generic[S]):
                 self.progress.note("server", 0, metrics)
             return metrics
 
-        wanted, begin = evaluate if evaluate_fn or self.progress.folder else None, self.border.outward(params)
-        left = max(0, num_rounds - before)
+        wanted = evaluate if evaluate_fn or self.progress.folder else None
+        begin, left = self.border.outward(params), max(0, num_rounds - before)
         result = super().start(grid, begin, left, timeout, train_config, evaluate_config, wanted)
         return self.progress.complete(result, begin)
 
@@ -223,8 +224,8 @@ class UpdateStrategy(Asking, Generic[S]):
         inbox.tell(step.stand_ins)
         self.border.average(contents, self.weighted_by_key)
         params = self.downlink.advance(step.params, server_round)
-        record = self.train_metrics_aggr_fn(contents, self.weighted_by_key) if contents else MetricRecord()
-        record.update(step.metrics)
+        metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
+        record = MetricRecord({**(metrics or {}), **step.metrics})
         self._note_training(server_round, record)
         return self.border.outward(params), record
 
@@ -242,9 +243,8 @@ class UpdateStrategy(Asking, Generic[S]):
         """Return the mean of the clients' metrics, None if there are none."""
         server_round += self.progress.before
         contents = self.registry.readable(replies, self.weighted_by_key)
-        if not contents:
-            return None
-        metrics = self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key)
-        self.progress.note("evaluate", server_round, metrics)
-        self.ledger.measure(server_round, metrics)
+        metrics = self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
+        if metrics is not None:
+            self.progress.note("evaluate", server_round, metrics)
+            self.ledger.measure(server_round, metrics)
         return metrics

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from fedkit.arrays import NamedArrays, num_values
-from fedkit.broadcast import Broadcast, snapshot_parcel
+from fedkit.broadcast import ALL_NONZERO, Broadcast, snapshot_parcel
 from fedkit.checkpoint import Tree
 from fedkit.codec.wire import Codec, open_frame
+from fedkit.errors import ConfigError
 from fedkit.parcel import Parcel
 
 
@@ -27,6 +28,8 @@ class Downlink:
     """
 
     def __init__(self, codec: Codec | None, initial: Codec, seed: int) -> None:
+        if codec is None and initial != ALL_NONZERO:
+            raise ConfigError("initial codes what a downlink begins with: expected a downlink, got None.")
         self.codec, self.initial, self.seed = codec, initial, seed
         self.broadcast: Broadcast | None = None
         self._snapshot = 0  # bytes of all arrays in float32
@@ -73,10 +76,15 @@ class Downlink:
     ) -> Iterator[tuple[int, Parcel, float]]:
         """Yield each node's parcel, and the bits an ideal coder needs; `versions`: what nodes said they hold."""
         snapshots: dict[int, Parcel] = {}  # nodes that are sent the same arrays share one
+        changes: dict[bytes | None, Parcel] = {}  # by the version that nodes hold
         bits: dict[bytes, float] = {}  # by frame
         for node_id, arrays in sent.items():
             if self.broadcast is not None:
-                parcel = self.broadcast.parcel_for(versions.get(node_id))
+                held = versions.get(node_id)
+                held = held if held in self.broadcast.versions else None  # what else it says makes no difference
+                if held not in changes:
+                    changes[held] = self.broadcast.parcel_for(held)
+                parcel = changes[held]
             else:
                 parcel = snapshots.get(id(arrays)) or snapshot_parcel(arrays)
                 snapshots[id(arrays)] = parcel

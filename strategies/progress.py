@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import json
 import logging
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result
@@ -15,14 +19,21 @@ from fedkit import checkpoint
 from fedkit.arrays import NamedArrays, schema_digest
 from fedkit.checkpoint import Tree
 from fedkit.codec.names import to_text
-from fedkit.errors import ConfigError
+from fedkit.errors import ConfigError, StateError
 from fedkit.ledger import JOURNAL, Ledger
+
+from .registry import Registry
 
 if TYPE_CHECKING:
     from .base import UpdateStrategy
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound="UpdateStrategy[Any]")
+
+LOCK: Final = "lock"  # the file that a server holds as long as it runs
 _KINDS: Final = ("train", "evaluate", "server")  # metrics: the clients' two, and those of `evaluate_fn`
 
 
@@ -37,10 +48,41 @@ class Progress:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin another run: clients must not go on with what they remember of a former one."""
         self.experiment = secrets.token_hex(8)
         self.before = 0  # rounds that were run before this `start`; Flower counts from 1 again
         self.server_round = 0  # the last one that was saved
         self._metrics: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in _KINDS}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other servers out of the folder; the lock ends with the process, however that ends.
+
+        Raises
+        ------
+        ConfigError
+            If another server is at it.
+        """
+        if self.folder is None:
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / LOCK).open("w")
+        except OSError as error:
+            raise StateError(f"cannot write {self.folder} ({error}). Choose another folder.") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"the checkpoint in {self.folder}: another server is at it. Wait for it, end it, or choose "
+                    "another folder."
+                ) from None
+            yield
 
     def note(self, kind: str, server_round: int, metrics: MetricRecord | None) -> None:
         """Remember the metrics of a round."""
@@ -60,7 +102,7 @@ class Progress:
             "of": fingerprint(strategy, params),
             "experiment": self.experiment,
             "round": server_round,
-            "metrics": self._metrics,
+            "metrics": json.dumps(self._metrics),  # one value: they are many
             "params": dict(params),
             "ordinary": strategy.border.packed,
             "downlink": strategy.downlink.remember(),
@@ -72,7 +114,7 @@ class Progress:
         checkpoint.save(self.folder, tree)
 
     def resume(self, strategy: UpdateStrategy[Any], params: NamedArrays, ledger: Ledger) -> NamedArrays | None:
-        """Take up the run in the folder; return its arrays, None if there is none.
+        """Take up the run in the folder; return its arrays, None if there is none, and a new run begins.
 
         Raises
         ------
@@ -83,6 +125,8 @@ class Progress:
         """
         saved = None if self.folder is None else checkpoint.load(self.folder, *strategy.state_types)
         if saved is None or self.folder is None:
+            self.begin()
+            strategy.registry = Registry(strategy.parts.name_of)
             return None
         for key, value in fingerprint(strategy, saved["params"]).items():
             if saved["of"].get(key) != value:
@@ -92,7 +136,10 @@ class Progress:
                 )
         if schema_digest(params) != schema_digest(saved["params"]):
             raise ConfigError(f"the checkpoint in {self.folder} is of arrays of other names or shapes.")
-        self.experiment, self._metrics = saved["experiment"], saved["metrics"]
+        self.experiment, metrics = saved["experiment"], saved["metrics"]
+        if isinstance(metrics, str):
+            metrics = {k: {int(r): m for r, m in each.items()} for k, each in json.loads(metrics).items()}
+        self._metrics = metrics
         self.before = self.server_round = saved["round"]
         found: NamedArrays = saved["params"]
         strategy.border.recall(saved.get("ordinary", b""))
@@ -121,6 +168,17 @@ class Progress:
         if not result.arrays:
             result.arrays = params
         return result
+
+
+def alone(start: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Let a strategy's `start` run while no other server has its checkpoint."""
+
+    @functools.wraps(start)
+    def run(strategy: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with strategy.progress.locked():
+            return start(strategy, *args, **kwargs)
+
+    return run
 
 
 def fingerprint(strategy: UpdateStrategy[Any], params: NamedArrays) -> dict[str, Tree]:

@@ -31,6 +31,7 @@ class Registry:
         self.told: dict[int, bytes] = {}  # what was accepted from its client, as a node was told last
         self.versions: dict[int, bytes] = {}  # of the arrays that a node said it holds; by node id
         self.submodels: dict[int, str] = {}  # the part of the model that a node said it holds; by node id
+        self.alive: Collection[int] = ()  # the nodes that are connected, and owe no answer
         self._before: dict[str, bytes] = {}  # what clients held when the run was saved that is resumed
         self._history: Sequence[bytes] = ()  # the versions of then, oldest first
         self._client_ids: dict[int, str] = {}  # by node id; known once a node has answered
@@ -53,8 +54,17 @@ class Registry:
         """Return the digest that this node must be told."""
         return self.accepted.get(self._client_ids.get(node_id, ""), GENESIS)
 
-    def read(self, reply: Message, asked: Collection[int]) -> Report:
-        """Return the report of a reply to a message of this round.
+    def read(self, reply: Message, asked: Collection[int], now: Collection[int]) -> Report:
+        """Return the report of a reply to a message of this round, or to an older one.
+
+        Parameters
+        ----------
+        reply : Message
+            What a node answered.
+        asked : Collection[int]
+            The nodes that may answer.
+        now : Collection[int]
+            Those of them that were asked in this round.
 
         Raises
         ------
@@ -64,12 +74,22 @@ class Registry:
         node_id, report = reply.metadata.src_node_id, self.read_version(reply)
         if node_id not in asked:
             raise ReplyError("it was not asked.")
-        if (owner := self._node_ids.get(report.client_id)) != node_id and owner in asked:
-            raise ReplyError(f"another node of this round is client {report.client_id!r} already.")
+        self._check_name(node_id, report.client_id, now)
         accepted = self.accepted.get(report.client_id, GENESIS)
         if report.base != accepted and (report.base != GENESIS or self.told.get(node_id) != accepted):
             raise ReplyError("its upload adds to a history that the server does not have.")
         return report
+
+    def _check_name(self, node_id: int, client_id: str, asked: Collection[int] = ()) -> None:
+        """Raise ReplyError if a node takes another name than it had, or that of a node that is alive or was asked.
+
+        A SuperNode that was killed and starts again is another node, and the first to come back under its name.
+        """
+        known, owner = self._client_ids.get(node_id, client_id), self._node_ids.get(client_id)
+        if known != client_id:
+            raise ReplyError(f"it was client {known!r} before, and now says that it is {client_id!r}.")
+        if owner != node_id and (owner in asked or owner in self.alive):
+            raise ReplyError(f"another node is client {client_id!r} already.")
 
     def read_version(self, reply: Message) -> Report:
         """Return the report of a reply, and take note of what its node holds: nothing, if it is an error.
@@ -120,6 +140,7 @@ class Registry:
             before = self._before.get(name, GENESIS)
             if before == GENESIS or before in history[: history.index(report.version)]:
                 self.versions[node_id] = before
+        self._check_name(node_id, name)
         self._meet(node_id, name)
 
     def _meet(self, node_id: int, client_id: str) -> None:

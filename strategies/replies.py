@@ -53,7 +53,7 @@ class Inbox:
         judged: dict[str, Judged] = {}
         for reply in replies:
             try:
-                report = self.registry.read(reply, self.cohort.sent)
+                report = self.registry.read(reply, self.cohort.sent, self.asked)
                 for check in checks:
                     check(reply.metadata.src_node_id, report)
                 weight = weight_of(reply, self.weight_key)

@@ -88,3 +88,22 @@ def test_an_incomplete_report_is_refused(change):
     content[FEDKIT].update(change)
     with pytest.raises(ReplyError, match="incomplete"):
         read_report(content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"client-id": ""}, {"client-id": "a" * 257}, {"client-id": 'x\nfedkit round: {"round": 0}'}, {"base": b"1"}],
+)
+def test_a_report_that_would_fill_or_forge_the_log_is_refused(change):
+    content = reply()
+    content[FEDKIT].update(change)
+    with pytest.raises(ReplyError, match=r"client id|digests"):
+        read_report(content)
+
+
+@pytest.mark.parametrize("names", [["a" * 300], [f"m{i}" for i in range(2000)]])
+def test_more_metrics_than_a_client_can_mean_are_refused(names):
+    content = reply()
+    content[FEDKIT].update({f"metrics/{name}": 1.0 for name in names})
+    with pytest.raises(ReplyError, match="at most"):
+        restore_metrics(content)

@@ -113,3 +113,8 @@ def test_an_array_in_a_module_keeps_its_own_type_beside_one_of_the_same_last_nam
     again = ordinary.record(arrays)
     assert {name: array.numpy().dtype for name, array in again.items()} == {n: a.dtype for n, a in own.items()}
     assert ordinary.dtype("slot-0/kernel") == ordinary.dtype("cluster-3/kernel") == "float16"
+
+
+def test_a_mean_of_many_half_precision_values_is_not_rounded_on_the_way():
+    values = [(1.0, {"v": np.asarray([1.0 + 0.01 * (-1) ** i], np.float16)}) for i in range(1000)]
+    assert mean(values, values[0][1])["v"][0] == pytest.approx(1.0, abs=1e-3)

@@ -1,5 +1,6 @@
 """A client's memory on its disk: what it outlives, and what happens where it cannot be kept."""
 
+import os
 import resource
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from fedkit.errors import StateError
 from fedkit.files import write_archive
 from fedkit.message import to_arrays
 from fedkit.rounds import RoundGrid
-from fedkit.state import STATE_DIR, ClientState
+from fedkit.state import KEPT, STATE_DIR, ClientState
 from fedkit.strategies import Aquila, ErrorFeedback, Safari
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import client_app, initial, targets
@@ -145,3 +146,15 @@ def test_a_server_that_cannot_write_says_so_before_anybody_is_asked(tmp_path):
     with files_up_to(300), pytest.raises(StateError, match="cannot write"):
         full.start(wrapped, initial(), num_rounds=1)
     assert not wrapped.ledger.entries
+
+
+def test_files_of_old_experiments_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv(STATE_DIR, str(tmp_path))
+    for number in range(KEPT + 5):
+        state = ClientState(context(), f"e{number}")
+        state.save({"value": b"x"})
+        os.utime(state.path, (number, number))
+        ClientState(context(6), f"e{number}" if number < 2 else "other").save({"value": b"y"})
+    mine = sorted(path.parent.name for path in tmp_path.glob("*/5.npz"))
+    assert mine == sorted(f"e{number}" for number in range(4, KEPT + 5))
+    assert len(list(tmp_path.glob("*/6.npz"))) == 3, "another client's stay"

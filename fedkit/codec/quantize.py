@@ -176,7 +176,10 @@ def _least_squares_scale(values: NDArray[np.float32], half: int) -> float:
     """Return the scale, of 24 between rms/2 and the peak, with the least squared error on a sample."""
     size = np.abs(values)
     peak, rms = float(size.max()), float(np.sqrt(np.mean(np.square(size, dtype=np.float64))))
-    sample = size[:: -(-size.size // _SAMPLE)].astype(np.float64)
+    step = max(1, size.size // _SAMPLE)
+    while math.gcd(step, size.size) > 1 and step > 1:  # else it sees some columns of a matrix alone
+        step += 1
+    sample = size[::step].astype(np.float64)
     scales = np.geomspace(min(rms / 2, peak), peak, 24)
     steps = (scales / half)[:, None]
     errors = np.square(sample - steps * np.minimum(np.rint(sample / steps), half)).sum(axis=1)

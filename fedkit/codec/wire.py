@@ -37,6 +37,7 @@ from fedkit.codec.sparsify import DrawnMask, Sparsifier, gather, scatter
 from fedkit.errors import SchemaMismatchError, WireFormatError
 
 _HEADS: Final = 24  # bytes of a group of `EntropyConstrained`, and of a small table
+_LEAST: Final = 12  # bytes of values, at least: with fewer, nothing of a few values is ever sent
 _TRIES: Final = 6  # to meet a rate
 _CLOSE: Final = 0.01  # to a rate, relative
 _WORD: Final = 4  # bytes of a coded stream: sizes less far apart have none between them
@@ -187,7 +188,7 @@ class _Draft:
     def _encode_to(self, target: float, quantizer: EntropyConstrained) -> bytes:
         """Return the frame of about `target` bytes; the rate of large arrays is sought on a sample first."""
         fixed = HEADER_SIZE + len(self._mask) + _HEADS
-        room = max(target - fixed, target / 2)  # of a small frame, what is fixed would leave nothing
+        room = max(target - fixed, target / 2, min(_LEAST, sum(self._sizes)))
         sample, total = thinned(self._parts), sum(self._sizes)
         share = room / total * sum(part.size for part in sample)
         best = _meet(quantizer, sample, share, 8 * room / total, _CLOSE)

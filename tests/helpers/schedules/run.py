@@ -88,6 +88,19 @@ class Watched(RoundGrid):
         self.mine: set[str] = set()  # the messages of this call
         self.answers: list[Message] = []
         self.late: list[Message] = []
+        self.chosen = False
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the connected nodes, of which some are about to be chosen."""
+        self.chosen = False
+        return super().get_node_ids()
+
+    def owing(self) -> set[int]:
+        """Take note of who was alive, the first time that this is asked for a choice."""
+        if not self.chosen:
+            self.server.alive = set(super().get_node_ids()) - {way.node_id for way in self.ways.values()}
+        self.chosen = True
+        return super().owing()
 
     def pushed(self, ids: list[str], messages: list[Message]) -> None:
         """Take note of messages that were sent."""
@@ -123,7 +136,9 @@ class Watched(RoundGrid):
         check(_same(replies, self.answers), "other answers than came")
         for reply in replies:
             if reply.has_content():
-                self.server.meet(reply.metadata.src_node_id, read_report(reply.content).client_id)
+                node_id, client = reply.metadata.src_node_id, read_report(reply.content).client_id
+                if self.server.is_free(client, node_id):
+                    self.server.meet(node_id, client)
         return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:

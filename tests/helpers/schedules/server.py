@@ -59,6 +59,9 @@ class Server:
     client_of: dict[int, str] = field(default_factory=dict)  # by node; known to this life alone, as all below
     node_of: dict[str, int] = field(default_factory=dict)
     unanswered: set[int] = field(default_factory=set)
+    alive: set[int] = field(
+        default_factory=set
+    )  # nodes that were connected and owed no answer, when some were chosen
     told: dict[int, History] = field(default_factory=dict)  # what each node was told last
     cohort: list[int] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)  # of the nodes in `cohort`, when they were asked
@@ -71,7 +74,12 @@ class Server:
         """Go back to the checkpoint."""
         self.now = deepcopy(self.saved) if self.saved is not None else Known()
         self.client_of, self.node_of, self.unanswered, self.cohort, self.names = {}, {}, set(), [], {}
-        self.told = {}
+        self.told, self.alive = {}, set()
+
+    def is_free(self, client: str, node_id: int, asked: Sequence[int] = ()) -> bool:
+        """Return whether a node may be this client: nobody else is, or who was has gone or does not answer."""
+        owner = self.node_of.get(client, node_id)
+        return owner == node_id or (owner not in asked and owner not in self.alive)
 
     def meet(self, node_id: int, client: str) -> None:
         """Take note of which client a node is."""
@@ -120,9 +128,9 @@ class Server:
             if reply.has_error():
                 continue
             node_id, report = reply.metadata.src_node_id, read_report(reply.content)
-            owner, client = self.node_of.get(report.client_id, node_id), report.client_id
+            client = report.client_id
             base = self.clients.histories[report.base]
-            if (owner != node_id and owner in asked) or client in found:
+            if node_id not in asked or client in found or not self.is_free(client, node_id, self.cohort):
                 continue
             known = self.now.histories.get(client, ())
             if base != known and (base or self.told[node_id] != known):
