@@ -1,4 +1,4 @@
-"""How far a run has come, and its checkpoint: saved after each round, taken up by the next `start`."""
+"""The progress of a run and its checkpoint, which is saved after each round and resumed by the next `start`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_KINDS: Final = ("train", "evaluate", "server")  # metrics: the clients' two, and those of `evaluate_fn`
+_KINDS: Final = ("train", "evaluate", "server")  # of metrics: two from clients; "server": from `evaluate_fn`
 
 
 class Progress:
-    """What a run has come to: its id, its rounds, their metrics.
+    """The id of a run, its number of rounds so far, and their metrics.
 
     Parameters
     ----------
     folder : Path, optional
-        Where it is saved; None: nowhere.
+        Where the run is saved; None: nowhere.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -50,7 +50,7 @@ class Progress:
     def save(
         self, strategy: UpdateStrategy[Any], server_round: int, params: NamedArrays, metrics: MetricRecord | None
     ) -> None:
-        """Save everything after a round; raises StateError."""
+        """Save the whole run after a round; raises StateError if that fails."""
         self.note("server", server_round, metrics)
         self.server_round = server_round
         if self.folder is None:
@@ -72,14 +72,14 @@ class Progress:
         checkpoint.save(self.folder, tree)
 
     def resume(self, strategy: UpdateStrategy[Any], params: NamedArrays, ledger: Ledger) -> NamedArrays | None:
-        """Take up the run in the folder; return its arrays, None if there is none.
+        """Resume the run in the folder and return its arrays; None if there is no run.
 
         Raises
         ------
         StateError
             If the checkpoint cannot be read.
         ConfigError
-            If it is of another strategy, or of other arrays.
+            If it belongs to another strategy or to other arrays.
         """
         saved = None if self.folder is None else checkpoint.load(self.folder, *strategy.state_types)
         if saved is None or self.folder is None:
@@ -107,7 +107,7 @@ class Progress:
         return found
 
     def complete(self, result: Result, params: ArrayRecord) -> Result:
-        """Return Flower's result with the rounds of the whole run; `params` if no round was left."""
+        """Return Flower's result with the metrics of the whole run, and with `params` if no round was left."""
         shown: Mapping[str, dict[int, MetricRecord]] = {
             "train": result.train_metrics_clientapp,
             "evaluate": result.evaluate_metrics_clientapp,
