@@ -13,9 +13,9 @@ from fedkit.submodels import Cut, SubModel, whole
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """Settings of their own for the nodes of one sub-model name or device profile.
+    """Settings for the nodes of one sub-model name or device profile: their part, bits and run config.
 
-    Pass them as a value of `submodels`, under that name, where such nodes need other settings than the rest:
+    Pass them in `submodels`, under that name, if such nodes need other settings than the rest:
 
     ``Terms(cut=lora_rank(4), quantizer=ZeroMidTread(2, 2), config={"r": 4, "lora-alpha": 8, "batch-size": 4})``
 
