@@ -144,7 +144,7 @@ class MaskedStep:
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer) -> None:
-        """With "update", restore inactive components and their moments; moments that the step created become 0."""
+        """With "update", restore inactive components and their moments, or zero moments that the step created."""
         now: list[Tensor] = []
         saved: list[Tensor] = []
         masks: list[Tensor] = []

@@ -38,7 +38,7 @@ class ErrorFeedback(UpdateStrategy[Any]):
     quantizer : Quantizer, optional
         Half a bit per parameter if unset; None: float32, for use with a sparsifier alone.
     sparsifier : Sparsifier, optional
-        Chooses the entries that are sent; all if unset.
+        Chooses the entries that are sent.
     weighted : bool
         Whether clients are weighted by their number of examples.
     gap : bool

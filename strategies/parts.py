@@ -38,8 +38,8 @@ LoraMode: TypeAlias = Literal["factors", "ffa", "fedsa", "product", "product-upd
 "factors"
     Each factor on its own. The product of the means is not the mean of the products: `fedkit.aggregation.lora`.
 "ffa"
-    lora_A is never trained, so that the mean of lora_B gives the mean of the products exactly. The app must freeze
-    lora_A (`fedkit.clients.adapters.freeze_lora_a`). Y. Sun, Z. Li, Y. Li and B. Ding, "Improving LoRA in
+    lora_A keeps its initial values, so the mean of lora_B gives the mean of the products exactly. The app must not
+    train lora_A (`fedkit.clients.adapters.freeze_lora_a`). Y. Sun, Z. Li, Y. Li and B. Ding, "Improving LoRA in
     Privacy-preserving Federated Learning", ICLR 2024, https://arxiv.org/abs/2403.12313.
 "fedsa"
     lora_A is averaged, and each client keeps a lora_B of its own. P. Guo, S. Zeng, Y. Wang, H. Fan, F. Wang and
@@ -104,7 +104,7 @@ class Parts:
         return self.named or self.rows.by_client
 
     def name_of(self, report: Report) -> str:
-        """Return the name of a node's part, given its report: the one in its config, else that of its profile."""
+        """Return the name of a node's part, by its report: from its config, else its profile if that has terms."""
         profile = str(report.options.get(PROFILE, WHOLE))
         return str(report.options.get(SUBMODEL, profile if profile in self.terms else WHOLE))
 

@@ -62,9 +62,9 @@ class Tac(UpdateStrategy[ClusterState]):
         What is compared of two adapters: the LoRA factors, or their products.
     evidence : {"auto", "adapters", "updates", "features"}
         What is clustered (`fedkit.aggregation.evidence`). "adapters": those of the round, as published. "updates":
-        the slots' updates of all rounds, of which the server keeps 8 KiB a slot. "features": what the slots'
-        examples are to the frozen model, sent once by apps that train with `fedkit.clients.features.Features`;
-        works however short training is. "auto": features if apps send them and they form clusters, else adapters.
+        the slots' updates of all rounds, of which the server keeps 8 KiB a slot. "features": how the frozen model
+        represents a slot's examples, however short training is; apps send them once if they train with
+        `fedkit.clients.features.Features`. "auto": features, if apps send them and they form clusters.
     max_slots : int, optional
         How many adapters one client may send; `num_clusters` if unset.
     quantizer : Quantizer
