@@ -1,4 +1,4 @@
-"""Flower mods, the client's half of each scheme; the torch side is in `adapters` and `rm_lora`."""
+"""Flower mods: the client half of each scheme. The code that needs torch is in `adapters` and `rm_lora`."""
 
 from .aquila import AquilaMod
 from .base import UpdateMod

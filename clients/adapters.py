@@ -22,8 +22,8 @@ with naming_torchvision():
 def get_adapter(model: PeftModel) -> dict[str, NDArray[np.float32]]:
     """Return copies of the active adapter's arrays: LoRA factors, then the modules of `modules_to_save`.
 
-    Names are PEFT's own, without the adapter's name; their order is that of the model's modules, hence
-    the same on every machine that builds the model alike. bfloat16 and float16 fit into float32 exactly.
+    Names are PEFT's own, without the adapter's name. Their order is that of the model's modules, so it is the
+    same on every machine that builds the same model. bfloat16 and float16 fit into float32 exactly.
     """
     state = get_peft_model_state_dict(
         model,
@@ -38,14 +38,14 @@ def get_adapter(model: PeftModel) -> dict[str, NDArray[np.float32]]:
 
 
 def freeze_lora_a(model: PeftModel) -> None:
-    """Freeze every lora_A of the active adapter, as a server with ``lora="ffa"`` asks."""
+    """Freeze every lora_A of the active adapter, as a server with ``lora="ffa"`` requires."""
     for name, parameter in model.named_parameters():
         if is_factor(name, "lora_A"):
             parameter.requires_grad_(False)
 
 
 def describe(model: PeftModel) -> Adapter:
-    """Return the active adapter with PEFT's config for it, as a server without torch needs it."""
+    """Return the active adapter with its PEFT config, in the form that a server without torch needs."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=[model.active_adapter], save_embedding_layers=False)
         (path,) = Path(folder).rglob(CONFIG_NAME)
@@ -53,15 +53,15 @@ def describe(model: PeftModel) -> Adapter:
 
 
 def set_adapter(model: PeftModel, arrays: NamedArrays) -> None:
-    """Write `arrays`, as `get_adapter` gives them, into the active adapter of `model`.
+    """Write `arrays`, as returned by `get_adapter`, into the active adapter of `model`.
 
     ``set_adapter(model, get_adapter(model))`` changes no bit.
 
     Raises
     ------
     SchemaMismatchError
-        Naming the first array that is missing, unknown or of another shape, which is what another LoRA
-        rank looks like. The model is unchanged then.
+        If an array is missing, unknown or of another shape, as with another LoRA rank; the message names the
+        first such array. The model is left unchanged.
     """
     check_same_schema(arrays, like=get_adapter(model))
     state = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in arrays.items()}

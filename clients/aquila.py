@@ -1,4 +1,4 @@
-"""The client half of AQUILA and of its baselines: what is sent of an update, and when nothing is.
+"""The client half of AQUILA and of its baselines: what is sent for an update, and when it is skipped.
 
 ====================  ==================================  ==========================
 paper                 meaning                             here
@@ -9,19 +9,19 @@ v                     innovation, ∇f_m(θ^k) − q_m         `innovation`
 ε                     quantization error, v − Δq          `error`: ‖ε‖²
 ====================  ==================================  ==========================
 
-The skip rule is in `fedkit.skipping`. What an update is compared with is the option ``reference``:
+The skip rule is in `fedkit.skipping`. The option ``reference`` says what an update is compared with:
 
 ============  ==================================================================================
-"accepted"    what the server has from this client: AQUILA, LAQ
+"accepted"    what the server already has from this client: AQUILA, LAQ; the default
 "nothing"     the update itself is sent: QSGD, AdaQuantFL
 "previous"    this client's update of the round before: MARINA, see `fedkit.aggregation.differences`
 ============  ==================================================================================
 
 Deviations from the paper
 -------------------------
-The gradient is the update of local training, local − received, divided by the option ``step-size``: exactly the
-paper's, times −1, after one step of SGD. A client that the server has nothing from never skips (the paper's
-first-round rule, for late joiners too).
+The gradient is the update of local training, local − received, divided by the option ``step-size``; after one step
+of SGD this is exactly the paper's gradient, times −1. A client from which the server has nothing never skips: the
+paper's rule for the first round, applied to late joiners, too.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class AquilaMod(UpdateMod):
     scheme: ClassVar[str] = "aquila"
 
     def rewinds(self, instructions: Instructions) -> bool:
-        """Return whether what is remembered changes with a lost upload: not so AQUILA's, which is staged."""
+        """Return whether a lost upload changes the scheme's state; not AQUILA's own, which is staged."""
         return (
             instructions.options.get("reference") == "previous"
             or SkipRule.from_options(instructions.options).remembers
         )
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
-        """Return what is to be sent of the update as a frame, or a skip if that is not worth it."""
+        """Return a frame for the update, or a skip if the update is not worth sending."""
         step_size = np.float32(job.instructions.options.get(STEP_SIZE, 1.0))
         if step_size != 1:
             update = {name: array / step_size for name, array in update.items()}
@@ -66,7 +66,7 @@ class AquilaMod(UpdateMod):
         return self._innovation(update, job)
 
     def _innovation(self, update: NamedArrays, job: Job) -> Coded:
-        """Return the innovation, or a skip."""
+        """Return the quantized innovation as a frame, or a skip."""
         memory = ClientMemory(job.state, self.scheme, like=update)
         innovation = subtract(update, memory.settle(job.instructions.accepted))
         if squared_norm(innovation) == 0 and memory.digest != GENESIS:
@@ -90,9 +90,9 @@ class AquilaMod(UpdateMod):
         return Coded(frame, memory.digest)
 
     def _difference(self, update: NamedArrays, job: Job) -> Coded:
-        """Return how much the update differs from that of the round before, or all of it if the server says so.
+        """Return the update's difference from that of the round before, or the whole update if the server says so.
 
-        Without the one before, or if that did not arrive, nothing.
+        If there is no update of the round before, or it did not arrive, the client skips.
         """
         previous, history = f"{self.scheme}.previous", f"{self.scheme}.history"
         accepted, base, change = job.instructions.accepted, GENESIS, update
@@ -110,10 +110,10 @@ class AquilaMod(UpdateMod):
 
 
 class Past:
-    """What LAQ's rule needs of the past: the error of the last upload that arrived, and the silence since."""
+    """What LAQ's rule needs of the past: the error of the last upload that arrived, and the skips since."""
 
     _NAME: Final = "aquila.past"
-    _VALUES: Final = struct.Struct("<16sddI")  # history with the last upload, its error, the one before, silence
+    _VALUES: Final = struct.Struct("<16sddI")  # history with the last upload, its error, the error before, skips
 
     def __init__(self, state: MutableMapping[str, bytes], digest: bytes) -> None:
         self._state = state
@@ -126,15 +126,15 @@ class Past:
 
     @property
     def now(self) -> tuple[float, int]:
-        """Return ‖ε'‖², and rounds of silence."""
+        """Return ‖ε'‖² and the number of skips since the last upload."""
         return self._error, self.silent
 
     def keep_silent(self) -> None:
-        """Note a skip."""
+        """Record a skip."""
         self._save(self._history, self._error, self._before, self.silent + 1)
 
     def upload(self, history: bytes, error: float) -> None:
-        """Note an upload, with the history that it makes if it arrives."""
+        """Record an upload and the digest that the history has if the upload arrives."""
         self._save(history, error, self._error, 0)
 
     def _save(self, *values: object) -> None:

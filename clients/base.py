@@ -1,4 +1,4 @@
-"""What every mod does: frames → arrays → the app's training → update → frame."""
+"""What every mod does: received frames → arrays → the app's training → update → frame."""
 
 from __future__ import annotations
 
@@ -40,71 +40,71 @@ from .shares import check_rested, completed, keep, shared
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One message's work."""
+    """What a mod needs to process one message."""
 
     client_id: str
-    sent: NamedArrays  # as the server has them
+    sent: NamedArrays  # the arrays that the server sent, rebuilt
     version: bytes  # of `sent`
     instructions: Instructions
-    state: State  # what this client may remember
+    state: State  # what this client keeps between messages
 
     @property
     def rng(self) -> np.random.Generator:
-        """Return a generator for this message: another in each round, the same when run again."""
+        """Return a random generator for this message: another in each round, the same if a round is repeated."""
         return np.random.default_rng([self.instructions.server_round, zlib.crc32(self.client_id.encode())])
 
     @property
     def rows(self) -> RowDraw | None:
-        """Return which rows of LoRA factors are trained and sent; None: all of them."""
+        """Return which rows of the LoRA factors are trained and sent; None: all of them."""
         return RowDraw.from_options(self.instructions.options)
 
     def travelling(self, update: NamedArrays) -> NamedArrays:
-        """Return what of an update is sent: its active rows."""
+        """Return the part of an update that is sent: its active rows, or all of it without a row mask."""
         return update if self.rows is None else take(update, self.rows.submodel(update))
 
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """What a mod sends up."""
+    """What a mod sends to the server."""
 
     frame: bytes | None  # None: skip
     base: bytes = GENESIS  # digest of the memory that the frame adds to
     options: Mapping[str, Scalar] = field(default_factory=dict)  # what the strategy must know to decode it
-    beside: bytes = b""  # of the app's arrays, what is not in frames: `fedkit.ordinary`
+    beside: bytes = b""  # values of the app's arrays that are not in the frame: `fedkit.ordinary`
 
 
 class UpdateMod(ABC):
     """The client half of a scheme, as a Flower mod.
 
-    The app around it sees ordinary arrays, in and out. Messages of another scheme, and of a strategy that is
-    not fedkit's, pass untouched. A mod has no options, for the server decides, and no state, for a ClientApp
-    lives for one message.
+    The app gets and returns ordinary arrays. Messages of another scheme, or of a strategy that is not fedkit's,
+    pass untouched. A mod has no options, since the server decides, and no state of its own, since a ClientApp
+    lives for one message only.
     """
 
     scheme: ClassVar[str]
 
     def rewinds(self, instructions: Instructions) -> bool:
-        """Return whether a lost upload, too, leaves traces in the scheme's state; see `fedkit.memory.rewind`."""
+        """Return whether even a lost upload changes the scheme's state: see `fedkit.memory.rewind`."""
         return False
 
     def remembers_as(self, instructions: Instructions) -> str:
-        """Return the scheme by whose name entries of the state begin; here this one."""
+        """Return the scheme whose name the entries of the state begin with; by default this mod's."""
         return self.scheme
 
     def prepare(self, job: Job) -> NamedArrays:
-        """Return the arrays that the app gets; here those that were sent."""
+        """Return the arrays that the app gets; by default those that were sent."""
         return job.sent
 
     def start_of(self, local: NamedArrays, given: NamedArrays) -> NamedArrays:
-        """Return what the app's arrays are compared with; here those that it was given."""
+        """Return what the app's arrays are compared with; by default those that it was given."""
         return given
 
     @abstractmethod
     def code(self, update: NamedArrays, job: Job) -> Coded:
-        """Return what to send for `update`, which is local − start."""
+        """Return what to send for `update`, which is local − start (`start_of`)."""
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """Return the app's reply with its update coded, or an error reply that says why there is none."""
+        """Return the app's reply with its update encoded, or an error reply that gives the reason."""
         if read_scheme(message) != self.scheme:
             return call_next(message, context)
         try:
@@ -122,14 +122,14 @@ class UpdateMod(ABC):
             rewinds = self.rewinds(instructions) or lora == "fedsa"
             if rewinds and message.metadata.message_type == MessageType.TRAIN:
                 rewind(state, self.remembers_as(instructions), instructions.server_round)
-            where.save(state)  # before any training: a disk that is full or read-only must not cost it
+            where.save(state)  # before training, which a full or read-only disk must not waste
             job = Job(client_id(context), sent, parcel.version, instructions, state)
             given = completed(self.prepare(job), lora, state, self.scheme)
             ordinary = Ordinary.unpack(instructions.ordinary)
             (key,) = message.content.array_records
             message.content[key] = record = ordinary.record(given)
             if ordinary.dtypes:
-                given, _ = split(record, list(ordinary.beside))  # as the app sees it
+                given, _ = split(record, list(ordinary.beside))  # as the app sees them
             reply = call_next(message, context)
             if reply.has_content():
                 coded = Coded(None)
@@ -146,7 +146,7 @@ class UpdateMod(ABC):
         return reply
 
     def _code_reply(self, content: RecordDict, given: NamedArrays, beside: Beside, job: Job) -> Coded:
-        """Replace the arrays of the app's reply by a frame."""
+        """Replace the arrays in the app's reply by a frame."""
         if len(content.array_records) != 1:
             raise FedkitError(f"the app's reply: expected one ArrayRecord, got {len(content.array_records)}.")
         ((key, record),) = content.array_records.items()
@@ -168,7 +168,7 @@ class UpdateMod(ABC):
 
 
 def _introduction(message: Message, report: Report) -> Message:
-    """Return the answer to the question who this is."""
+    """Return the answer to a message that only asks which client this is."""
     content = RecordDict()
     write_report(content, report)
     return Message(content, reply_to=message)

@@ -1,7 +1,8 @@
-"""A torchvision that does not fit torch, named, since it takes PEFT and transformers down with it.
+"""Clear errors for a torchvision that does not fit torch, since PEFT and transformers fail along with it.
 
-torchvision is built for one build of torch, on PyPI for x86-64 for that with CUDA. Beside another it fails at
-import, and with it what transformers imports lazily: PEFT then misses a Bloom model, which says nothing.
+Each build of torchvision fits one build of torch; on PyPI for x86-64, the one with CUDA. With another torch its
+import fails, and so does what transformers imports lazily. PEFT then reports that a Bloom model is missing, which
+does not point to the cause.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from fedkit.errors import ConfigError
 
 
 def check_torchvision() -> None:
-    """Check that torchvision, if it is installed, can be imported; that takes seconds.
+    """Check that torchvision, if it is installed, can be imported, which takes seconds.
 
     Raises
     ------
     ConfigError
-        If it cannot, with the release of torch that it is built for, and the command that helps.
+        If it cannot be imported, with the release of torch that it is built for and the command that helps.
     """
     if find_spec("torchvision") is None:
         return
     try:
         import_module("torchvision")
-    except Exception as error:  # a RuntimeError as a rule
+    except Exception as error:  # usually a RuntimeError
         raise ConfigError(_explain(error)) from error
 
 
 @contextmanager
 def naming_torchvision() -> Iterator[None]:
-    """Raise ConfigError, as `check_torchvision` does, where an import fails for a broken torchvision.
+    """Raise the ConfigError of `check_torchvision` if an import in the block fails because of torchvision.
 
-    Imports that succeed cost nothing; those that fail for another reason raise what they raised.
+    Imports that succeed take no extra time; those that fail for another reason raise their own error.
     """
     try:
         yield
@@ -46,7 +47,7 @@ def naming_torchvision() -> Iterator[None]:
 
 
 def _explain(error: Exception) -> str:
-    """Return what is wrong with torchvision, and what to do."""
+    """Return what is wrong with torchvision, and what to do about it."""
     return (
         f"torchvision {_version('torchvision')} cannot be imported, and PEFT and transformers fail with it: "
         f"expected {_required_torch()} of the same build, got torch {_version('torch')} "
@@ -65,7 +66,7 @@ def _version(package: str) -> str:
 
 
 def _required_torch() -> str:
-    """Return the torch that torchvision requires, as its metadata says it."""
+    """Return the version of torch that torchvision requires, as in its metadata."""
     try:
         lines = requires("torchvision") or []
     except PackageNotFoundError:

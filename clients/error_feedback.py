@@ -1,17 +1,18 @@
-"""The client half of error feedback: what coding lost, or the network, is sent later.
+"""The client half of error feedback: what was lost by compression or on the network is sent later.
 
 ==========  ==============================================  ===============
 paper       meaning                                         here
 ==========  ==============================================  ===============
-e           what was not sent yet                           `Residual`
+e           residual: what was not sent yet                 `Residual`
 p = g + e   what is to be sent                              `total`
 C(p)        what is sent                                    the frame
 ==========  ==============================================  ===============
 
 Deviations from the paper
 -------------------------
-See `fedkit.strategies.error_feedback`. ``e ← p − C(p)`` waits until the server says that C(p) arrived; if it did
-not, ``e ← p``; unless the server lets others stand in for missing clients, for then it would count twice.
+See `fedkit.strategies.error_feedback`. ``e ← p − C(p)`` is applied only once the server says that C(p) arrived. If
+C(p) was lost, ``e ← p``, unless something stands in for missing clients on the server, since C(p) would then count
+twice.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ class ErrorFeedbackMod(UpdateMod):
     scheme: ClassVar[str] = "error-feedback"
 
     def rewinds(self, instructions: Instructions) -> bool:
-        """Return that they do: what is kept is what was not sent."""
+        """Return True: even after a lost upload, the residual holds the update."""
         return True
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
-        """Return the update, with what was not sent before, as a frame."""
+        """Return a frame for the update plus the residual."""
         residual = Residual(job.state, self.scheme, like=update)
         residual.keeps = not job.instructions.options.get("stood-in", False)
         total = add(residual.settle(job.instructions.accepted), update)

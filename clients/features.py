@@ -1,7 +1,7 @@
-"""Features: what the head of a model is given of a slot's examples while the slot is trained.
+"""Features: the input of a model's head for the examples of a slot, averaged while the slot is trained.
 
-Their mean says which texts or images the slot's task is about. `Tac` asks each client for it once, and clusters
-slots by it where that tells them apart; by their adapters else, and if an app does not say it:
+This mean tells which texts or images the slot's task is about. `Tac` asks each client for it once, and clusters
+slots by it where that tells them apart. Otherwise, and if an app does not send features, it clusters the adapters:
 `fedkit.aggregation.evidence`.
 """
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Features:
-    """The mean features of each slot, if the server asks for them; else it does nothing.
+    """Collects the mean features of each slot if the server asks for them, and does nothing otherwise.
 
     Parameters
     ----------
     message : Message
-        What the app was sent.
+        The message that the app received.
     """
 
     def __init__(self, message: Message) -> None:
@@ -39,18 +39,18 @@ class Features:
 
     @classmethod
     def at_random(cls, message: Message, num_slots: int, rng: np.random.Generator) -> Self:
-        """Return features of as many slots that say nothing: what a rehearsal sends."""
+        """Return random features for `num_slots` slots, as a rehearsal sends them."""
         features = cls(message)
         features._means = list(rng.standard_normal((num_slots, MOST), np.float32))
         return features
 
     @contextmanager
     def watching(self, model: PeftModel) -> Iterator[None]:
-        """Average what the head is given until the end of the block, as one slot's.
+        """Average the inputs of the head until the end of the block; the mean is the features of one slot.
 
-        Without a head among PEFT's ``modules_to_save``, what the first layer with LoRA is given; of texts the
-        mean over tokens, too. The adapter has hardly moved in the first round of a client, so it is what the
-        frozen model makes of its examples.
+        Without a head among PEFT's ``modules_to_save``, the inputs of the first layer with LoRA are used. For
+        texts the mean is also over tokens. In a client's first round the adapter has hardly changed yet, so the
+        features are nearly those of the frozen model.
         """
         if not self.asked:
             yield
@@ -75,20 +75,20 @@ class Features:
         self._means.append((sums[0] / examples).cpu().numpy())
 
     def write(self, content: RecordDict) -> None:
-        """Put them into the app's reply, where `TacMod` finds them."""
+        """Write the features into the content of the app's reply, where `TacMod` finds them."""
         if self.asked:
             content[FEATURES] = ConfigRecord({"means": features_to_text(np.stack(self._means))})
 
 
 def _by_example(given: Tensor) -> Tensor:
-    """Return a row for each example: the mean over the tokens of texts, or the pixels of images."""
+    """Return one row per example: the mean over the tokens of a text, or over the pixels of an image."""
     if given.ndim == 4:
         return given.flatten(2).mean(2)
     return given.flatten(1, -2).mean(1) if given.ndim > 2 else given
 
 
 def _watched(model: PeftModel) -> nn.Module:
-    """Return the module whose input is averaged: not an embedding, which is given numbers of tokens."""
+    """Return the module whose input is averaged; not an embedding, whose input is token ids."""
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
     from torch.nn import Embedding

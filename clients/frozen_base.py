@@ -1,4 +1,4 @@
-"""The layers that training leaves alone, in fewer bytes: int8 on a CPU, bfloat16 on a GPU."""
+"""Frozen linear layers in fewer bytes: int8 on a CPU, bfloat16 on a GPU."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .resident import page_out
 
 
 def frozen_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linear layers whose weights are not trained, LoRA's base layers among them.
+    """Yield the linear layers whose weights are not trained, including LoRA's base layers.
 
-    The copy that PEFT keeps of a module that is trained whole (`modules_to_save`) is left out.
+    PEFT's copies of the original modules, kept for those that are trained whole (`modules_to_save`), are left out.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not module.weight.requires_grad and ".original_module" not in name:
@@ -24,18 +24,18 @@ def frozen_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def quantize_base(model: nn.Module, check: Callable[[], None] = lambda: None) -> None:
-    """Make the weights of frozen linear layers int8, in place, with a scale for each output (torchao).
+    """Convert the weights of frozen linear layers to int8, in place, with a scale for each output (torchao).
 
-    Layer by layer, so that there is never a second copy of all. Gradients flow through to lower layers; the
-    weights become float again where a layer computes, and autograd keeps that copy, all layers' at once, unless
-    the model checkpoints its activations.
+    Layers are converted one by one, so that there is never a second copy of all weights. Gradients pass through to
+    lower layers. A layer converts its weights back to float to compute, and autograd keeps these copies, of all
+    layers at once, unless the model checkpoints its activations.
 
     Parameters
     ----------
     model : nn.Module
-        With its adapter.
+        The model with its adapter.
     check : callable
-        Called before each layer.
+        Called before each layer is converted.
 
     Raises
     ------
@@ -57,13 +57,13 @@ def quantize_base(model: nn.Module, check: Callable[[], None] = lambda: None) ->
 
 
 def cast_base(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the weights of frozen linear layers, in place: what autocast would do again in every step."""
+    """Cast the weights of frozen linear layers once, in place; autocast would do so again in every step."""
     for _, layer in frozen_linears(model):
         layer.to(dtype)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Compute activations again in the backward pass instead of keeping them, where transformers' models can."""
+    """Recompute activations in the backward pass instead of storing them, where transformers' models can."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part.supports_gradient_checkpointing:
             # Renamed in transformers 5.23, where the old name warns.

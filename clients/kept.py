@@ -1,4 +1,4 @@
-"""What an app loads once, for all messages that its process serves."""
+"""Loading something once for all messages that an app's process serves."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, ParamSpec, TypeVar, cast
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_kept: dict[Callable[..., Any], tuple[tuple[Any, Any], Any]] = {}  # by function: its arguments, what it returned
+_kept: dict[Callable[..., Any], tuple[tuple[Any, Any], Any]] = {}  # by function: its last arguments and result
 
 
 def kept(load: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Return ``load(*args, **kwargs)``, or what that returned the last time, if the arguments are equal.
+    """Return ``load(*args, **kwargs)``, or its last result if the arguments are equal to the last ones.
 
-    What is changed in it stays changed: write the received arrays into a kept model before you use it.
+    Changes to the result persist: write the received arrays into a kept model before you use it.
     """
     arguments = args, kwargs
     if load not in _kept or _kept[load][0] != arguments:
-        _kept.pop(load, None)  # first, lest there be two
+        _kept.pop(load, None)  # first, so that two are never in memory
         _kept[load] = arguments, load(*args, **kwargs)
     return cast(T, _kept[load][1])

@@ -1,4 +1,4 @@
-"""What RM-LoRA does around one optimizer step: hold back the components of A and B that rest in it."""
+"""RM-LoRA's masked optimizer step: the components of A and B that are not active in it are held back."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from fedkit.row_masks import Pairing, RowDraw
 from .orthogonality import lora_pairs
 
 Hold: TypeAlias = Literal["gradient", "update"]
-"""What of a resting component is held back.
+"""What is held back of a component that is not active in a step.
 
 "gradient"
-    Its gradient, as in the paper: momentum and weight decay go on moving components that an earlier step trained.
+    Its gradient, as in the paper: momentum and weight decay still move components that an earlier step trained.
 "update"
-    All of it: neither the component nor its moments change in a step in which it rests. Its weight decays in the
-    steps that train it. (The number of steps, by which Adam corrects its moments, is of the tensor, not the row.)
+    Its whole update: neither the component nor its optimizer moments change. Its weight decays only in the steps
+    that train it. (Adam corrects the moments by the number of steps of the whole tensor, not of the row.)
 """
 
 BLOCK: Final = 16
-"""Steps whose masks are drawn, and brought to the device, at once."""
+"""The number of steps whose masks are drawn, and copied to the device, at once."""
 
 MOMENTS: Final = {
     "momentum_buffer",
@@ -34,22 +34,22 @@ MOMENTS: Final = {
     "square_avg",
     "grad_avg",
 }
-"""What optimizers of torch call their means of gradients, which begin at zero."""
+"""The names of running means of gradients in the state of torch's optimizers; they begin at zero."""
 
 _Held: TypeAlias = dict[str, tuple[list[int], list[Tensor]]]
 
 
 class Group:
-    """Factors of one shape, type and device: what is done to all of them together takes few operations.
+    """Factors of one shape, type and device, which can be processed together in few operations.
 
     Parameters
     ----------
     parameters : list[nn.Parameter]
         The factors.
     axis : int
-        Of the components; 0: rows of A, 1: columns of B.
+        The axis of the components; 0: rows of A, 1: columns of B.
     places : list[int]
-        Which of the pairs of this rank.
+        The index of each factor's pair among the pairs of this rank.
     """
 
     def __init__(self, parameters: list[nn.Parameter], axis: int, places: list[int]) -> None:
@@ -58,19 +58,21 @@ class Group:
         self.r = first.shape[axis]
         self._sizes = [size if other == axis else 1 for other, size in enumerate(first.shape)]
         self._stack = torch.ones(len(parameters), *first.shape, dtype=first.dtype, device=first.device)
-        self.masks = self._stack.unbind()  # 1 where the present step trains, else 0; as foreach needs them, whole
+        self.masks = self._stack.unbind()  # 1 where the step trains, else 0; of full shape, as foreach needs
 
     def spread(self, active: Tensor) -> tuple[Tensor, ...]:
-        """Return which components are active, step by step, so that `mask` takes it; (steps, factors, r)."""
+        """Return the active components of each step in the form that `mask` takes; shape (steps, factors, r)."""
         return active.view(*active.shape[:2], *self._sizes).to(self._stack.device).unbind()
 
     def mask(self, active: Tensor) -> None:
-        """Set the masks of the present step."""
+        """Set the masks of the current step."""
         self._stack.copy_(active)
 
 
 class MaskedStep:
-    """Call `before` and `after` around ``optimizer.step()``; other parameters, such as a head, are left alone.
+    """Masks optimizer steps: call `before` and `after` around ``optimizer.step()``.
+
+    Other parameters than LoRA factors, such as a head, are not masked.
 
     Parameters
     ----------
@@ -79,13 +81,13 @@ class MaskedStep:
     active_rank : int
         How many components of each layer a step trains.
     pairing : {"paired", "independent"}
-        Whether B trains the same components as A, or its own draw.
+        Whether B trains the same components as A, or has a draw of its own.
     hold : {"gradient", "update"}
         See `Hold`.
     draw : RowDraw, optional
-        The components that all steps train, as the server said; instead of a new draw in each step.
+        The components that every step trains, as the server chose them; unset: a new draw in each step.
     seed : int
-        Of the draws: each pair's in a step follows from it and the step's number alone.
+        Of the draws. The draw of each pair in a step depends only on the seed and the step's number.
     """
 
     def __init__(
@@ -105,21 +107,21 @@ class MaskedStep:
         self._fixed = draw is not None
         if draw is not None:
             _fix(model, self._groups, draw)
-        self._block = -1  # the number of those steps of which
-        self._drawn: list[tuple[Tensor, ...]] = []  # are the active components, by group
-        self._held: list[_Held] = []  # by group: what a step may not change in components that rest
-        self._saved: list[dict[str, Tensor]] = []  # what it was before the step, stacked
+        self._block = -1  # the number of the block of steps that `_drawn` is for
+        self._drawn: list[tuple[Tensor, ...]] = []  # the active components, by group
+        self._held: list[_Held] = []  # by group: what a step may not change in inactive components
+        self._saved: list[dict[str, Tensor]] = []  # its values before the step, stacked
 
     @torch.no_grad()
     def before(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Zero the gradients of components that rest, after all else was done to gradients.
+        """Zero the gradients of inactive components; call it after everything else that changes gradients.
 
         Parameters
         ----------
         step : int
-            The number of the optimizer's step, from 0 on.
+            The number of the optimizer step, from 0 on.
         optimizer : torch.optim.Optimizer, optional
-            With "update" only: what is about to step.
+            The optimizer that is about to step; needed with "update" only.
         """
         if not self._fixed:
             self._draw(step)
@@ -142,7 +144,7 @@ class MaskedStep:
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put back what rests, if it is held back whole; its moments, where this step made them, are zero."""
+        """With "update", restore inactive components and their moments, or zero moments that the step created."""
         now: list[Tensor] = []
         saved: list[Tensor] = []
         masks: list[Tensor] = []
@@ -152,18 +154,18 @@ class MaskedStep:
                 saved += before[key].unbind()
                 masks += [group.masks[row].to(tensors[0].dtype) for row in rows]
             begun = len(held) > 1 and len({len(rows) for rows, _ in held.values()}) == 1
-            if not begun:  # before this step the optimizer remembered nothing of some factors
+            if not begun:  # before this step the optimizer had no state for some factors
                 for key, (rows, tensors) in _held(group, optimizer).items():
                     for row, tensor in zip(rows, tensors, strict=True):
                         if key in MOMENTS and row not in held.get(key, ((), ()))[0]:
                             tensor.mul_(group.masks[row])
         if now:
-            torch._foreach_lerp_(saved, now, masks)  # exact, where the mask is 0 as where it is 1
+            torch._foreach_lerp_(saved, now, masks)  # exact both where the mask is 0 and where it is 1
             torch._foreach_copy_(now, saved)
         self._held, self._saved = [], []
 
     def _draw(self, step: int) -> None:
-        """Set the masks of a step: of each pair's random permutation, the places of the least numbers."""
+        """Set the masks of a step: the `active_rank` smallest entries of a random permutation for each pair."""
         block, place = divmod(step, BLOCK)
         if block != self._block:
             generator = torch.Generator().manual_seed((self._seed * 1_000_003 + block) % 2**63)
@@ -180,25 +182,26 @@ class MaskedStep:
 
 
 def mask_gradients(model: nn.Module, active_rank: int, mask: Pairing, generator: torch.Generator) -> None:
-    """Zero the gradient of all but `active_rank` random rows of each A and columns of each B: `MaskedStep`, once.
+    """Zero the gradients of all but `active_rank` random rows of each A and columns of each B, for one step.
 
     Parameters
     ----------
     model : nn.Module
-        After the backward pass. Parameters other than LoRA factors, such as a head, keep their gradient.
+        A PEFT model after the backward pass. Parameters other than LoRA factors, such as a head, keep their
+        gradient.
     active_rank : int
-        How many components keep theirs, 1 to r.
+        How many components keep their gradient, 1 to r.
     mask : {"paired", "independent"}
-        "paired": B keeps the columns that belong to A's rows. "independent": B's are drawn on their own.
+        "paired": B keeps the columns that belong to A's rows. "independent": B's columns are drawn separately.
     generator : torch.Generator
-        On the CPU. Each call draws from it anew.
+        A generator on the CPU. Each call draws from it anew.
     """
     seed = int(torch.randint(2**62, (), generator=generator))
     MaskedStep(model, active_rank, mask, seed=seed).before(0)
 
 
 def _groups(model: nn.Module) -> tuple[list[Group], dict[int, int]]:
-    """Return the factors, those of a shape together, and how many pairs there are of each rank."""
+    """Return the factors, grouped by shape, type and device, and the number of pairs of each rank."""
     groups: dict[tuple[object, ...], tuple[list[nn.Parameter], int, list[int]]] = {}
     ranks: dict[int, int] = {}
     for _, *pair in lora_pairs(model):
@@ -213,7 +216,7 @@ def _groups(model: nn.Module) -> tuple[list[Group], dict[int, int]]:
 
 
 def _fix(model: nn.Module, groups: list[Group], draw: RowDraw) -> None:
-    """Set the masks for good, by PEFT's names of the arrays, as the server has them."""
+    """Set the masks for all steps, by the PEFT names of the arrays, which the server uses, too."""
     names: dict[nn.Parameter, str] = {}
     for layer, a, b in lora_pairs(model):
         names |= {a: f"{layer}.lora_A.weight", b: f"{layer}.lora_B.weight"}
@@ -225,9 +228,10 @@ def _fix(model: nn.Module, groups: list[Group], draw: RowDraw) -> None:
 
 
 def _held(group: Group, optimizer: torch.optim.Optimizer) -> _Held:
-    """Return the factors that have a gradient, and what the optimizer remembers of each of their entries.
+    """Return the factors that have a gradient, with the optimizer's state for each of their entries.
 
-    By name, "" for the factors, in each case which of the group's factors have it, and what they have.
+    Keys are the names of the state's tensors, "" for the factors; values are which of the group's factors have
+    such a tensor, and the tensors.
     """
     found: _Held = {}
     for row, parameter in enumerate(group.parameters):

@@ -1,4 +1,4 @@
-"""How far LoRA factors are from orthonormal, and the rank of their product: RM-LoRA's regularizer and its aim.
+"""RM-LoRA's regularizer, how far LoRA factors are from orthonormal, and its aim, the rank of their product.
 
 The symbols are those of `fedkit.clients.rm_lora`.
 """
@@ -19,15 +19,15 @@ with naming_torchvision():
     from peft.tuners.lora import LoraLayer
 
 Penalty: TypeAlias = Literal["norm", "cosine"]
-"""How A and B are measured, the mean over all of them.
+"""What is measured of A and B; the penalty is the mean over all of them.
 
 "norm"
-    ``||A A^T - I||_F`` and ``||B^T B - I||_F``, not squared. Where one is 0, so is its gradient. It fixes the
-    scale of the update, too: where it is 0, all singular values of α/r·BA are α/r. At B = 0 its gradient for B is
-    0, a saddle: the pull on B begins after the first step of the task.
+    ``||A A^T - I||_F`` and ``||B^T B - I||_F``, not squared. Where a norm is 0, its gradient counts as 0. This
+    also fixes the scale of the update: where the penalty is 0, all singular values of α/r·BA are α/r. At B = 0 its
+    gradient for B is 0, a saddle point: the pull on B begins after the first step of the task.
 "cosine"
-    The mean absolute cosine of two rows of A, and of two columns of B; "frd" in the released code. Free of scale;
-    0 for a zero row, and for r = 1, which has no two rows.
+    The mean absolute cosine of two rows of A, and of two columns of B; "frd" in the released code. It does not
+    depend on the scale. It is 0 for a zero row, and for r = 1, where there are no two rows.
 """
 
 
@@ -42,15 +42,15 @@ def lora_pairs(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Paramet
 
 
 class Orthogonality:
-    """The penalty R of a model, as a function of what its factors are when it is called.
+    """The penalty R of a model, computed from the values that its factors have when it is called.
 
-    Factors of one shape are multiplied together, those of one rank measured together: of many layers, that takes a
-    few operations rather than a few per layer.
+    Factors of one shape are multiplied together, and those of one rank are measured together. For many layers this
+    takes a few operations in all, rather than a few per layer.
 
     Parameters
     ----------
     model : nn.Module
-        A PEFT model. The modules must stay, as they do in training.
+        A PEFT model. Its modules must not be replaced, as they are not in training.
     penalty : {"norm", "cosine"}
         See `Penalty`.
 
@@ -77,7 +77,7 @@ class Orthogonality:
         self._count = sum(family.size for family in self._families)
 
     def __call__(self) -> Tensor:
-        """Return R, a scalar that gradients flow through."""
+        """Return R, a scalar with gradients."""
         measure = _cosines if self._penalty == "cosine" else _norms
         parts = [measure(family.grams()) for family in self._families]
         return sum((part.to(parts[0].device) for part in parts[1:]), parts[0]) / self._count
@@ -89,7 +89,7 @@ class Orthogonality:
 
 
 class _Family:
-    """Factors of one rank, type and device: of each shape, "A" or "B" and which they are."""
+    """Factors of one rank, type and device; `groups` has, for each shape, "A" or "B" and the factors."""
 
     def __init__(self, r: int, groups: list[tuple[str, list[Tensor]]]) -> None:
         sizes, one = [len(group) for _, group in groups], groups[0][1][0]
@@ -108,7 +108,7 @@ class _Family:
 
     @torch.no_grad()
     def add_gradient(self, penalty: Penalty, weight: float) -> None:
-        """Add half the derivatives of R times a weight; with D, symmetric, that by A A^T, D A by A, B D by B."""
+        """Add half the derivatives of R times a weight: D A for A, B D for B; D, symmetric, is that by A A^T."""
         stacks = [group.stack() for group in self.groups]
         beta = -1 if penalty == "norm" else 0
         for group, stack in zip(self.groups, stacks, strict=True):
@@ -135,7 +135,7 @@ class _Family:
 
 
 class _Group:
-    """Factors of one shape, and room for what is worked out of all of them together."""
+    """Factors of one shape, with buffers for what is computed for all of them together."""
 
     def __init__(self, factor: str, parameters: list[Tensor], grams: Tensor) -> None:
         self.factor, self.parameters, self.grams = factor, parameters, grams
@@ -143,23 +143,23 @@ class _Group:
         self.parts = self.gradient.view(-1, *parameters[0].shape).unbind()
 
     def stack(self) -> Tensor:
-        """Return the factors, (factors, r, ·) if they are A, (factors, ·, r) if B; of convolutions flat.
+        """Return the factors stacked, shape (factors, r, ·) for A, (factors, ·, r) for B; convolutions flattened.
 
-        Those of half precision in float32: squares of a small B would be zero in theirs.
+        Factors in half precision are converted to float32, since the squares of a small B would be zero otherwise.
         """
         return torch.stack(self.parameters).flatten(2).to(_precise(self.parameters[0].dtype))
 
 
 def orthogonality_penalty(model: nn.Module, penalty: Penalty = "norm") -> Tensor:
-    """Return R, see `Orthogonality`, for one call."""
+    """Return R once: see `Orthogonality`."""
     return Orthogonality(model, penalty)()
 
 
 @torch.no_grad()
 def effective_rank(model: nn.Module) -> float:
-    """Return exp(entropy of the normalized singular values of B A), the mean over all pairs: 0 to r.
+    """Return exp(entropy of the normalized singular values of B A), averaged over all pairs: 0 to r.
 
-    A product of r equal singular values counts r, a zero product 0.
+    A product with r equal singular values counts as r, a zero product as 0.
     """
     ranks = []
     for _, a, b in lora_pairs(model):
@@ -178,7 +178,7 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 
 
 def _sides(factor: str, stack: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what to multiply for A A^T or B^T B."""
+    """Return the two stacks whose product is A A^T or B^T B."""
     return (stack, stack.mT) if factor == "A" else (stack.mT, stack)
 
 
@@ -191,12 +191,12 @@ def _norms(gram: Tensor) -> Tensor:
 
 
 def _cosines(gram: Tensor) -> Tensor:
-    """Return the sum of the mean absolute cosines off the diagonal, over a stack of Gram matrices."""
+    """Return the mean absolute cosine off the diagonal, summed over a stack of Gram matrices."""
     return (gram.abs() * _scale(gram)).sum()
 
 
 def _by_cosines(gram: Tensor) -> Tensor:
-    """Return the derivative of `_cosines`; 0 where it has none."""
+    """Return the derivative of `_cosines`; 0 where it does not exist."""
     scale = _scale(gram)
     squares = gram.diagonal(dim1=-2, dim2=-1)
     shrink = (gram.abs() * scale).sum(-1) / torch.where(squares > 0, squares, 1.0)
@@ -204,7 +204,7 @@ def _by_cosines(gram: Tensor) -> Tensor:
 
 
 def _scale(gram: Tensor) -> Tensor:
-    """Return what turns products of rows into cosines, a share of the mean each; 0 on the diagonal."""
+    """Return factors that turn products of rows into cosines over the number of pairs; 0 on the diagonal."""
     r = gram.shape[-1]
     squares = gram.diagonal(dim1=-2, dim2=-1)
     inverse = torch.where(squares > 0, squares, 1.0).rsqrt()  # √ has no derivative at 0; such rows have cosine 0

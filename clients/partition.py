@@ -1,4 +1,4 @@
-"""How an experiment shares one data set out to its clients; a real client has its own data."""
+"""Partitioning one data set over the clients of an experiment; real clients have data of their own."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from numpy.typing import NDArray
 from fedkit.errors import ConfigError
 
 DRAWS = 100
-"""How often a split that leaves a client too little is drawn again."""
+"""How often a split is drawn at most until every client has enough examples."""
 
 
 def partition(
     labels: NDArray[np.int64], *, num_clients: int, alpha: float, seed: int, at_least: int = 10
 ) -> list[NDArray[np.int64]]:
-    """Return each client's indices into `labels`: disjoint, together all, every class spread unevenly.
+    """Return each client's indices into `labels`: disjoint, covering all, with every class spread unevenly.
 
     Parameters
     ----------
     labels : NDArray[np.int64]
         The class of each example.
     num_clients : int
-        How many parts there are.
+        How many parts to make.
     alpha : float
         Each class is spread by a draw from Dirichlet(`alpha`): 100 is even, 0.1 leaves most clients with
         few classes.
     seed : int
-        Decides everything else: the same seed gives the same parts on every machine.
+        Decides all random choices: the same seed gives the same parts on every machine.
     at_least : int
-        How many examples every client gets, so that its local training is not one batch of one class.
+        The least number of examples of every client, so that its training is not one batch of one class.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def partition(
 
 
 def split(items: NDArray[np.int64], shares: NDArray[np.float64]) -> list[NDArray[np.int64]]:
-    """Return consecutive pieces of `items`, as long as `shares`, which add up to 1, say.
+    """Return consecutive pieces of `items`, whose lengths are in proportion to `shares`, which add up to 1.
 
     >>> [piece.tolist() for piece in split(np.arange(5), np.array([0.2, 0.8]))]
     [[0], [1, 2, 3, 4]]

@@ -1,26 +1,26 @@
-"""What a client's device can carry, and what that means for its training.
+"""Device profiles: what a client's device can carry, and how it trains because of that.
 
-A node says it in its node config, ``profile="mobile"``, or it is found out: "gpu" where there is CUDA, else "cpu".
+The node config sets the profile, ``profile="mobile"``; otherwise it is "gpu" where CUDA is found, else "cpu".
 
 =========  ==========================================================================================
 profile    what it means
 =========  ==========================================================================================
-"cpu"      float32, as torch has it
-"gpu"      CUDA; bfloat16 where autocast has it, the frozen linear layers in it for good; batches are copied from
-           pinned memory while the GPU computes
-"mobile"   frozen linear layers in int8 (torchao), activations computed twice rather than kept, 4 examples at once,
+"cpu"      float32, with torch's own settings
+"gpu"      CUDA; bfloat16 where autocast uses it, and permanently in the frozen linear layers; batches are copied
+           from pinned memory while the GPU computes
+"mobile"   frozen linear layers in int8 (torchao), activations recomputed instead of stored, 4 examples at once,
            one thread, at most 700 MB resident
 =========  ==========================================================================================
 
-``threads``, ``memory-mb`` and ``micro-batch`` in the node config set what a profile has otherwise. More than its
-memory a client does not take: it answers with an error that says so, before loading (`Profile.check_memory` with
-the size of the weights) or at the step at which its process holds more.
+``threads``, ``memory-mb`` and ``micro-batch`` in the node config override the values of the profile. A client does
+not use more memory than its limit: it answers with an error that says so, either before loading
+(`Profile.check_memory` with the size of the weights) or at the step before which its process holds more.
 
-The client says its profile, processors and memory when the strategy asks who it is. What that means for the rank,
-the bits and the batch size, the strategy decides: `fedkit.strategies.Terms`.
+A client reports its profile, processors and memory when the strategy asks which client it is. The strategy decides
+what the profile means for rank, bits and batch size: `fedkit.strategies.Terms`.
 
-Uploads are coded on the CPU in every profile. A LoRA update has up to some millions of entries; 10 million take
-0.06 s at 1 bit, and the entropy coder, which is sequential, is part of that: there is nothing for a GPU to gain.
+Uploads are encoded on the CPU in every profile. A LoRA update has up to some millions of entries; 10 million take
+0.06 s at 1 bit, part of it in the entropy coder, which is sequential: a GPU would gain nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SETTINGS: Final = {"threads": "threads", "micro-batch": "micro_batch", "memory-m
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """What one device can carry.
+    """What one device can carry: where, how and with how much memory it trains.
 
     Raises
     ------
@@ -60,11 +60,11 @@ class Profile:
 
     name: str = "cpu"
     device: str = "cpu"
-    bfloat16: bool = False  # where autocast has it; the trained parameters stay float32
+    bfloat16: bool = False  # where autocast uses it; the trained parameters stay float32
     int8: bool = False
     checkpointing: bool = False
-    micro_batch: int | None = None  # examples at once; a batch of more is gone through in pieces. None: all
-    threads: int | None = None  # None: as torch has them
+    micro_batch: int | None = None  # examples at once; larger batches are processed in pieces. None: all
+    threads: int | None = None  # None: torch's own setting
     memory: int | None = None  # bytes that the process may hold; None: no limit
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Profile:
 
     @classmethod
     def of(cls, context: Context) -> Profile:
-        """Return the profile of this node, with what its config sets; raises ConfigError for an unknown name."""
+        """Return the profile of this node, with its config's settings; raises ConfigError for an unknown name."""
         config = context.node_config
         profile = PROFILES[profile_name(context)]
         for key, field in SETTINGS.items():
@@ -85,14 +85,14 @@ class Profile:
         return profile
 
     def prepare(self, model: M) -> M:
-        """Return the model, changed in place, as this device trains it: frozen layers, checkpointing, device.
+        """Return the model, prepared in place for this device: frozen layers, checkpointing, `device`.
 
         Raises
         ------
         MemoryBudgetError
-            If it does not fit.
+            If the process holds more memory than the profile allows.
         ConfigError
-            If torchao, or CUDA, is needed and missing.
+            If torchao or CUDA is needed but missing.
         """
         import torch
 
@@ -116,7 +116,7 @@ class Profile:
         return model.to(self.device)
 
     def limit_threads(self) -> None:
-        """Use as many threads as the profile says; call it before the first tensor, where threads are few."""
+        """Set the profile's number of threads; if it is small, call this before creating the first tensor."""
         import torch
 
         if self.threads is not None:
@@ -127,13 +127,13 @@ class Profile:
         check_budget(self.memory, needed)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context in which the model is called."""
+        """Return the context manager in which to call the model."""
         import torch
 
         return torch.autocast(self.device, torch.bfloat16) if self.bfloat16 else nullcontext()
 
     def pieces(self, batch: Mapping[str, Tensor]) -> Iterator[tuple[float, dict[str, Tensor]]]:
-        """Yield the batch on the device, in pieces that it can carry, each with its share of the examples.
+        """Yield the batch, moved to the device, in pieces of `micro_batch`, each with its share of the examples.
 
         The gradient of the mean loss over a batch is that of the pieces' mean losses, weighted by these shares.
         """
@@ -158,7 +158,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
 
 
 def profile_name(context: Context) -> str:
-    """Return the profile that the node config names, or the one that is found; raises ConfigError."""
+    """Return the profile that the node config names, or the detected one; raises ConfigError if it is unknown."""
     name = context.node_config.get(PROFILE)
     if name is None:
         return "gpu" if _has_cuda() else "cpu"
@@ -167,7 +167,7 @@ def profile_name(context: Context) -> str:
 
 
 def described(context: Context) -> dict[str, Scalar]:
-    """Return what a client says of its device when it is asked who it is; without importing torch."""
+    """Return what a client reports about its device when asked which client it is; does not import torch."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     budget = Profile.of(context).memory
     memory = min(total_bytes(), budget) if budget else total_bytes()
@@ -175,7 +175,7 @@ def described(context: Context) -> dict[str, Scalar]:
 
 
 def _has_cuda() -> bool:
-    """Return whether there are a driver, a torch for it, and leave to use it; to ask torch would take seconds."""
+    """Return whether a driver, a torch build for it, and permission are there; asking torch would take seconds."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1")
     if not (allowed and Path("/proc/driver/nvidia/version").exists()):
         return False

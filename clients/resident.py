@@ -1,4 +1,4 @@
-"""The memory that a client's process holds: how much, how much there is, and how to hold no more than needed."""
+"""The memory of a client's process: how much it holds, how much there is, and how to hold less."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PAGEOUT: Final = 21  # of Linux's madvise, from 5.4 on
 
 
 def resident_bytes() -> int:
-    """Return the resident memory of this process; where Linux's /proc is missing, the most that it ever was."""
+    """Return the resident memory of this process, in bytes; where Linux's /proc is missing, its peak so far."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -28,10 +28,10 @@ def resident_bytes() -> int:
 
 
 def total_bytes() -> int:
-    """Return the memory of this machine, or of this container if it may use less."""
+    """Return the memory of this machine in bytes, or the container's limit if that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # not there, or "max"
+        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
             total = min(total, int(Path(limit).read_text()))
     return total
 
@@ -42,12 +42,12 @@ def check_budget(budget: int | None, needed: int = 0) -> None:
     Raises
     ------
     MemoryBudgetError
-        If that is more than its budget; None: there is no limit.
+        If the process would then hold more than `budget` bytes; None: there is no limit.
     """
     if budget is None:
         return
     if (held := resident_bytes()) + needed > budget:
-        hold_less()  # what an earlier round left behind does not count
+        hold_less()  # memory left over from an earlier round does not count
         held = resident_bytes()
     if held + needed > budget:
         more = f", and needs {needed // MB} MB more" if needed else ""
@@ -58,10 +58,10 @@ def check_budget(budget: int | None, needed: int = 0) -> None:
 
 
 def hold_less() -> None:
-    """Give back what was freed, and let what is freed from now on go back at once.
+    """Return freed memory to the system, now and, from now on, as soon as it is freed.
 
-    glibc keeps freed tensors for later, and oneDNN a compiled kernel for each length of a batch: 40 MB and more in
-    training on sentences. Elsewhere than on Linux with glibc nothing happens.
+    glibc keeps freed tensors for later, and oneDNN keeps a compiled kernel for each length of a batch: 40 MB and
+    more in training on sentences. This has no effect except on Linux with glibc.
     """
     os.environ.setdefault(ONEDNN_CACHE, "0")  # read when the first kernel is compiled
     gc.collect()
@@ -73,9 +73,9 @@ def hold_less() -> None:
 
 
 def page_out(address: int, size: int) -> None:
-    """Let go of pages that were read from a file, as safetensors maps it; whoever needs them reads them again.
+    """Drop memory pages mapped from a file, as by safetensors; a later access reads them from the file again.
 
-    Where they are of another kind, or the system is not Linux, nothing happens.
+    For pages of another kind, or on a system other than Linux, this has no effect.
     """
     page = os.sysconf("SC_PAGE_SIZE")
     begin, end = -(-address // page) * page, (address + size) // page * page
@@ -85,9 +85,9 @@ def page_out(address: int, size: int) -> None:
 
 
 def weight_bytes(folder: str | Path) -> int:
-    """Return the size of the weights in a folder, or in a file, as transformers saves them; 0 if there are none.
+    """Return the bytes of the weights in a folder or file, as transformers saves them; 0 if there are none.
 
-    What loading takes is at most that: of MiniLM's 91 MB, page by page, all in float32, and less in int8.
+    Loading takes at most that much memory: for MiniLM's 91 MB, page by page, all of it in float32, less in int8.
     """
     path = Path(folder)
     files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.bin")]

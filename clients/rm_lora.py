@@ -3,9 +3,9 @@
 Paper: "Enhancing Parameter Efficiency and Generalization in Large-Scale Models: A Regularized and Masked
 Low-Rank Adaptation Approach" (Mao, Ping, Zhao, Liu and Ding, 2024), https://arxiv.org/abs/2407.12074.
 
-A stock PEFT model stays as it is: `Orthogonality` is a term of the loss, `MaskedStep` runs around the optimizer's
-step, and `train_rm_lora` is the loop that calls both; `fedkit.clients.rm_lora_trainer` does it for the Trainer of
-transformers.
+A stock PEFT model is used unchanged: `Orthogonality` is a term of the loss, `MaskedStep` runs around the
+optimizer's step, and `train_rm_lora` is a training loop that calls both. `fedkit.clients.rm_lora_trainer` does the
+same for the Trainer of transformers.
 
 ==========  ====================  ==========================================================
 paper       here                  meaning
@@ -19,19 +19,19 @@ lambda      ``orth_reg_weight``   weight of the penalty R
 R           `Orthogonality`       mean over all A and B of ||A A^T - I||_F and ||B^T B - I||_F
 ==========  ====================  ==========================================================
 
-The symbols are those of the authors' released code (github.com/yz-mao/RM-LoRA), which this follows.
+The symbols are those of the authors' released code (github.com/yz-mao/RM-LoRA), which this module follows.
 
 Deviations
 ----------
 * Only LoRA factors are masked. The released code zeroes the gradient of every other trainable tensor
   too, and so leaves a new classification head nearly untrained.
-* Every step is masked, also the first, which the released code leaves unmasked.
-* Weight decay is 0 and the learning rate constant: in federated rounds the server sets the schedule.
-* In a federation, a strategy's ``row_mask`` draws the components once a round, and fixes them: `fedkit.row_masks`.
+* Every step is masked, including the first, which the released code leaves unmasked.
+* Weight decay is 0 and the learning rate is constant: in federated rounds the server sets the schedule.
+* In a federation, a strategy's ``row_mask`` draws the components once a round, for all steps: `fedkit.row_masks`.
 
-As in the released code, the mask holds back gradients, not updates: AdamW's momentum goes on moving rows
-that an earlier step trained. A row never chosen does not move. With ``hold="update"`` no row moves in a step
-in which it rests, nor do its moments: see `fedkit.clients.masked_step`.
+As in the released code, the mask holds back gradients, not updates: AdamW's momentum still moves rows that an
+earlier step trained. A row that was never chosen does not move. With ``hold="update"``, neither a row nor its
+moments change in a step that does not train it: see `fedkit.clients.masked_step`.
 """
 
 from __future__ import annotations
@@ -68,21 +68,21 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RMLoraConfig:
-    """What RM-LoRA needs to know; `active_rank` = `r` with `orth_reg_weight` = 0 is plain LoRA.
+    """Settings of RM-LoRA; `active_rank` = `r` with `orth_reg_weight` = 0 is plain LoRA.
 
     Raises
     ------
     ConfigError
-        If a value can never work.
+        For impossible values.
     """
 
     r: int
     lora_alpha: int
     active_rank: int  # 1 to r
     mask: Mask = "paired"
-    hold: Hold = "gradient"  # or "update": what of a resting component is held back
+    hold: Hold = "gradient"  # or "update": what is held back of inactive components
     orth_reg_weight: float = 0.0  # the released scripts use 0 or 0.1
-    penalty: Penalty = "norm"  # or "cosine", free of scale
+    penalty: Penalty = "norm"  # or "cosine", which does not depend on the scale
     target_modules: tuple[str, ...]
 
     def __post_init__(self) -> None:
@@ -101,10 +101,10 @@ class RMLoraConfig:
             raise ConfigError("target_modules is empty: name the layers that shall carry LoRA factors.")
 
     def masked_step(self, model: nn.Module, seed: int, rows: RowDraw | None = None) -> MaskedStep | None:
-        """Return what to call around each optimizer step; None if every step trains everything.
+        """Return what to call around each optimizer step; None if every step trains all components.
 
-        Components are drawn by `seed`. Those that the server fixed are held back whole, for what moved in them
-        would be lost.
+        Components are drawn by `seed`. If the server chose the `rows`, all other components are held back whole
+        ("update"), since any change in them would be lost.
         """
         if rows is not None:
             return MaskedStep(model, rows.active_rank, rows.pairing, "update", rows)
@@ -113,7 +113,7 @@ class RMLoraConfig:
         return MaskedStep(model, self.active_rank, self.mask, self.hold, seed=seed)
 
     def regularizer(self, model: nn.Module) -> Orthogonality | None:
-        """Return the penalty, None if it weighs nothing."""
+        """Return the penalty; None if its weight is 0."""
         return Orthogonality(model, self.penalty) if self.orth_reg_weight > 0 else None
 
 
@@ -135,9 +135,9 @@ def train_rm_lora(
     model : nn.Module
         A PEFT model, called as ``model(**batch)``; what it returns has a scalar ``loss``.
     batches : Iterable[Mapping[str, Tensor]]
-        Gone through once per epoch. A DataLoader that shuffles does so by `seed`.
+        Iterated over once per epoch. A DataLoader that shuffles does so by `seed`.
     config : RMLoraConfig
-        What is masked and how strongly orthogonality pulls; the model must have been built with its `r`.
+        Sets the mask and the weight of the penalty; the model must have been built with its `r`.
     learning_rate : float
         Constant over all steps.
     epochs : int
@@ -145,23 +145,23 @@ def train_rm_lora(
     seed : int
         Decides masks, dropout and shuffling; the caller's random state is left alone.
     profile : Profile, optional
-        Where to train, in which precision, how many examples at once, and how much memory that may take; the model
-        was prepared for it (`Profile.prepare`). Unset: in float32, where the model is.
+        Where to train, in which precision, how many examples at once, and with how much memory; the model must
+        have been prepared for it (`Profile.prepare`). Unset: in float32, on the model's device.
     rows : RowDraw, optional
-        The components that the server wants trained (`fedkit.message.rows_of`): those alone, in every step,
-        whatever `config` says of masks.
+        The components that the server wants trained (`fedkit.message.rows_of`). Every step then trains only
+        these, whatever masks `config` sets.
 
     Returns
     -------
     dict[str, float]
-        "train-loss", the mean task loss over all steps, and "effective-rank" after the last.
+        "train-loss", the mean task loss over all steps, and "effective-rank" after the last step.
 
     Raises
     ------
     ConfigError
         If there is no batch.
     MemoryBudgetError
-        If the process holds more than the profile allows, before a step.
+        If, before a step, the process holds more memory than the profile allows.
     """
     profile = profile or Profile(device=str(next(model.parameters()).device))
     model.train()

@@ -1,16 +1,16 @@
-"""RM-LoRA with the Trainer of transformers: the same method as `fedkit.clients.rm_lora`, in its loop.
+"""RM-LoRA with the Trainer of transformers: the method of `fedkit.clients.rm_lora` in the Trainer's loop.
 
-``RMLoraTrainer(model, arguments, ..., rm_lora=config)`` is a Trainer; for one of your own, say TRL's, put the
+``RMLoraTrainer(model, arguments, ..., rm_lora=config)`` is a Trainer. For another Trainer, such as TRL's, put the
 mixin first: ``class Mine(RMLoraTrainerMixin, SFTTrainer)``.
 
-However many batches make up an optimizer step, the penalty's gradient is added once, after the last of them and
-before clipping, and the mask is drawn once, after clipping. The masks of a step follow from ``args.seed`` and its
-number: a run that is taken up again goes on with the same, and so do all processes of a distributed one.
+However many batches make up an optimizer step, the penalty's gradient is added once, after the last batch and
+before clipping, and the mask is drawn once, after clipping. The masks of a step depend only on ``args.seed`` and
+the step's number, so that they are the same after a run is resumed, and in all processes of a distributed run.
 
 Deviations from the released code
 ---------------------------------
-Those of `fedkit.clients.rm_lora`, but the optimizer and its weight decay are the Trainer's. The loss that is
-logged is that of the task alone. Not for DeepSpeed and FSDP, which keep the factors in shards.
+Those of `fedkit.clients.rm_lora`, except that the optimizer and its weight decay are the Trainer's. The loss that
+is logged is that of the task alone. Does not work with DeepSpeed and FSDP, which keep the factors in shards.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ else:
 
 
 class RMLoraCallback(TrainerCallback):
-    """Masks each optimizer step of any Trainer; the penalty needs `RMLoraTrainerMixin`.
+    """Masks each optimizer step of any Trainer; for the penalty, use `RMLoraTrainerMixin`.
 
     Parameters
     ----------
     config : RMLoraConfig
-        What is masked.
+        Settings of RM-LoRA.
     rows : RowDraw, optional
         The components that the server wants trained: `fedkit.message.rows_of`.
     """
@@ -52,23 +52,23 @@ class RMLoraCallback(TrainerCallback):
         self._masked: MaskedStep | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Look up the factors of the model, which `model_init` makes anew for each training."""
+        """Find the factors of the model, which `model_init` may have built anew for this training."""
         self.penalty = self.config.regularizer(more["model"])
         self._masked = self.config.masked_step(more["model"], args.seed, self.rows)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Hold back what rests in this step, after accumulation and clipping."""
+        """Mask the gradients of this step, after accumulation and clipping."""
         if self._masked:
             self._masked.before(state.global_step, more["optimizer"])
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Put back what rests, if it is held back whole."""
+        """Restore the inactive components, if they are held back whole."""
         if self._masked:
             self._masked.after(more["optimizer"])
 
 
 class RMLoraTrainerMixin(_Base):
-    """The penalty and the mask, for a Trainer; `rm_lora` and `rows` as of `RMLoraCallback`."""
+    """Adds the penalty and the mask to a Trainer; `rm_lora` and `rows` as in `RMLoraCallback`."""
 
     def __init__(self, *args: Any, rm_lora: RMLoraConfig, rows: RowDraw | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,17 +77,17 @@ class RMLoraTrainerMixin(_Base):
         self.add_callback(self._rm_lora)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the task's loss; the last batch of a step adds the penalty's gradient as well."""
+        """Return the task's loss; after the last batch of a step, also add the penalty's gradient."""
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
         penalty = self._rm_lora.penalty
         if penalty and self.accelerator.sync_gradients:
-            scaler = self.accelerator.scaler  # of losses in float16, and so of gradients
+            scaler = self.accelerator.scaler  # scales losses in float16, and so gradients
             scale = 1.0 if scaler is None else scaler.get_scale()
             penalty.add_gradient(self.rm_lora.orth_reg_weight * scale)
         return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; return what Trainer does, with "effective-rank" among the metrics."""
+        """Train, and return the Trainer's output with "effective-rank" among its metrics."""
         output = super().train(*args, **kwargs)
         if self.model is not None:
             output.metrics["effective-rank"] = effective_rank(self.model)

@@ -1,19 +1,19 @@
-"""The client half of SAFARI: a mask of its own, at a fixed density, that moves from round to round.
+"""The client half of SAFARI: each client has a sparsity mask of fixed density that moves from round to round.
 
-After local training the client sends the kept entries of its update, with the mask; then it rewires the mask:
-the kept entries of least magnitude go, others that training moved most come (prune and regrow, as RigL and
-FedSpa do). The mask stays on the client; a client that lost it draws a new one.
+After local training the client sends the kept entries of its update together with the mask. Then it rewires the
+mask: kept entries of least magnitude are dropped, and the others that training moved most take their place (prune
+and regrow, as in RigL and FedSpa). The mask stays on the client, which draws a new one if it was lost.
 
 Deviations from the paper
 -------------------------
-The app is trained as it is, whatever its framework: entries outside the mask train along, and are then left
-out, where the paper masks every gradient. So what regrows is judged by the update, not by the gradient.
-With `sparse_model`, as published, training starts from the model under the mask and the least *weights* go;
-without, the default, it starts from the whole model and the least *updates* go. Under a row mask
-(`fedkit.row_masks`) a client sends those of its entries that are in active rows, and moves only them.
+The paper masks every gradient. Here the app trains as usual, with any framework: entries outside the mask are
+trained, too, and then left out. So the entries to regrow are chosen by their update, not by their gradient. With
+`sparse_model`, as published, training starts from the model under the mask, and the smallest *weights* are
+dropped. Without it, the default, training starts from the whole model, and the smallest *updates* are dropped.
+Under a row mask (`fedkit.row_masks`) a client sends, and moves, only those kept entries that are in active rows.
 
-Not from the paper: masks that are drawn anew for each upload (`fedkit.codec.sparsify.DrawnMask`), of which only a
-seed travels, and that nobody remembers.
+Not from the paper: masks that are drawn anew for each upload (`fedkit.codec.sparsify.DrawnMask`). Only a seed is
+sent, and neither side remembers the mask.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fedkit.message import Instructions
 
 from .base import Coded, Job, UpdateMod
 
-MASK_KEY: Final = "safari.mask"  # in the state: what the mask belongs to, then its bits
+MASK_KEY: Final = "safari.mask"  # key in the state; the value is what the mask belongs to, then its bits
 
 
 class SafariMod(UpdateMod):
@@ -41,11 +41,11 @@ class SafariMod(UpdateMod):
     scheme: ClassVar[str] = "safari"
 
     def rewinds(self, instructions: Instructions) -> bool:
-        """Return that they do: the mask moves, whatever becomes of the upload."""
+        """Return True unless masks are drawn: the mask moves even if the upload is lost."""
         return not instructions.options["drawn"]
 
     def prepare(self, job: Job) -> NamedArrays:
-        """Return what was sent, under the mask if models are sparse."""
+        """Return the arrays that were sent, under the mask if models are sparse."""
         if not job.instructions.options["sparse-model"]:
             return job.sent
         mask = load_mask(job, like=job.sent)
@@ -61,7 +61,7 @@ class SafariMod(UpdateMod):
         if job.rows is None:
             sent = mask
             save_mask(job, prune_and_regrow(mask, magnitude, update, rate))
-        else:  # rows that rest keep theirs: nothing was learned of them
+        else:  # in inactive rows the mask stays: they were not trained
             active = job.rows.submodel(update)
             sent = active.take_mask(mask)
             moved = prune_and_regrow(sent, travelling, travelling, rate)
@@ -78,7 +78,7 @@ class SafariMod(UpdateMod):
 
 
 def load_mask(job: Job, *, like: NamedArrays) -> dict[str, NDArray[np.bool_]]:
-    """Return this client's mask; a new random one if it has none for these arrays at this density."""
+    """Return this client's mask, or a new random one if it has none for these arrays and this density."""
     wanted, options = float(job.instructions.options["density"]), job.instructions.options
     kept, key = job.state.get(MASK_KEY, b""), _key(job, like)
     if kept.startswith(key):
@@ -93,5 +93,5 @@ def save_mask(job: Job, mask: Mask) -> None:
 
 
 def _key(job: Job, like: NamedArrays | Mask) -> bytes:
-    """Return what a mask belongs to: arrays, and a density."""
+    """Return what a mask belongs to, as bytes: the names and shapes of the arrays, and the density."""
     return schema_digest(like) + struct.pack("<d", float(job.instructions.options["density"]))

@@ -1,8 +1,8 @@
-"""What of LoRA factors a client keeps to itself, as the server's option ``lora`` says: `fedkit.strategies.parts`.
+"""Which LoRA factors a client does not share, by the server's option ``lora``: `fedkit.strategies.parts`.
 
-With "fedsa" the client's lora_B is its own: the server's arrays come with an empty one, the app gets the one that
-its last training left, at first zeros, and it is left out of the update. With "ffa" lora_A must come back from
-training as it was, and is left out.
+With "fedsa" each client has its own lora_B. The server sends an empty one; the app gets the lora_B that its last
+training returned, or zeros at first; and lora_B is left out of the update. With "ffa" the app must return lora_A
+unchanged, and lora_A is left out of the update.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OWN: Final = "own"  # in the state, after the scheme's name: the lora_B of this
 
 
 def completed(sent: NamedArrays, lora: str, state: MutableMapping[str, bytes], scheme: str) -> NamedArrays:
-    """Return what the app gets: what was sent, with this client's own lora_B where none was."""
+    """Return the arrays for the app: those that were sent, with this client's own lora_B under "fedsa"."""
     if lora != "fedsa":
         return sent
     own, arrays = _load(state, scheme), dict(sent)
@@ -35,12 +35,12 @@ def completed(sent: NamedArrays, lora: str, state: MutableMapping[str, bytes], s
 
 
 def shared(local: NamedArrays, given: NamedArrays, lora: str) -> tuple[NamedArrays, NamedArrays]:
-    """Return of the app's arrays, and of what it was given, those that the server averages.
+    """Return the arrays that the server averages, from the app's arrays and from those that it was given.
 
     Raises
     ------
     FedkitError
-        If the app trained a lora_A that must stay as it is.
+        If the app trained a lora_A under "ffa".
     """
     if lora not in ("ffa", "fedsa"):
         return local, given
@@ -56,7 +56,7 @@ def shared(local: NamedArrays, given: NamedArrays, lora: str) -> tuple[NamedArra
 
 
 def check_rested(update: NamedArrays, rows: RowDraw | None) -> None:
-    """Check that the rows which are not sent were not trained either; raises FedkitError."""
+    """Check that rows which are not sent were not trained; raises FedkitError if they were."""
     if rows is None:
         return
     sent = take(update, rows.submodel(update))
@@ -69,7 +69,7 @@ def check_rested(update: NamedArrays, rows: RowDraw | None) -> None:
 
 
 def keep(local: NamedArrays, lora: str, state: MutableMapping[str, bytes], scheme: str) -> None:
-    """Remember the lora_B of this client, if it is its own."""
+    """Remember this client's own lora_B, under "fedsa"."""
     if lora == "fedsa":
         own = {name: array for name, array in local.items() if is_factor(name, "lora_B")}
         state[f"{scheme}.{_OWN}"] = encode_snapshot(own)

@@ -1,7 +1,7 @@
-"""The slots of a PEFT model: for one task after the other its adapter is loaded, trained, and taken out again.
+"""Training the slots of a client in one PEFT model: each task's adapter in turn is loaded, trained and taken out.
 
-The model holds one adapter at a time, whatever the number of tasks, as do the optimizer and the gradients: what a
-phone needs for five tasks is what it needs for one, and 4 bytes for each value of the other adapters.
+Whatever the number of tasks, the model holds one adapter at a time, and optimizer and gradients are for one, too.
+So a phone needs for five tasks what it needs for one, plus 4 bytes for each value of the other adapters.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ def train_slots(
     trainings: Sequence[Callable[[PeftModel], T]],
     features: Features | None = None,
 ) -> tuple[dict[str, NDArray[np.float32]], list[T]]:
-    """Return the trained adapters of all slots as one message has them, and what each training returned.
+    """Return the trained adapters of all slots, joined for one message, and the result of each training.
 
     Parameters
     ----------
     model : PeftModel
-        Its active adapter is written over; in the end it is that of the last slot.
+        Its active adapter is overwritten; in the end it is that of the last slot.
     received : NamedArrays
-        The adapters to start from, as `TacMod` hands them to the app.
+        The adapters to start from, as `TacMod` passes them to the app.
     trainings : sequence of callables
-        One for each slot, always in the same order: trains the active adapter of the model in place.
+        One for each slot, in the same order in every round. Each trains the model's active adapter in place.
     features : Features, optional
-        Takes note of what the model makes of each slot's examples, for a server that tells slots apart so.
+        Records the features of each slot's examples, for a server that clusters slots by them.
 
     Raises
     ------
     SchemaMismatchError
-        For adapters that are none of this model.
+        For adapters that do not fit this model.
     """
     starts, trained, results = split_slots(received, len(trainings)), [], []
     for start, training in zip(starts, trainings, strict=True):

@@ -1,6 +1,6 @@
 """The vision transformer that ships with fedkit: 0.45 million parameters, for grey images of 8x8 pixels.
 
-`examples/quickstart/pretrain.py` made its weights, of Fashion-MNIST.
+Its weights were trained on Fashion-MNIST by `examples/quickstart/pretrain.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ ASSET = "vit_8x8.safetensors"
 
 
 def build_small_vit(num_labels: int) -> ViTForImageClassification:
-    """Return the transformer without its weights."""
+    """Return the transformer without pre-trained weights."""
     return ViTForImageClassification(
-        ViTConfig(  # type: ignore[call-arg]  # num_labels is of every config
+        ViTConfig(  # type: ignore[call-arg]  # every config has num_labels
             image_size=8,
             patch_size=2,
             num_channels=1,
@@ -39,7 +39,7 @@ def build_small_vit(num_labels: int) -> ViTForImageClassification:
 
 
 def load_small_vit(num_labels: int) -> ViTForImageClassification:
-    """Return the pre-trained transformer with a fresh head, which torch's random state decides.
+    """Return the pre-trained transformer with a new head, initialized from torch's random state.
 
     Raises
     ------
@@ -51,6 +51,6 @@ def load_small_vit(num_labels: int) -> ViTForImageClassification:
     missing, unexpected = model.load_state_dict(pretrained, strict=False)
     if unexpected or any(not name.startswith("classifier.") for name in missing):
         raise ConfigError(f"{ASSET} does not fit this version of transformers: {missing + unexpected}.")
-    # peft 0.21 asks transformers 5.23 for an attribute that is on its way out.
+    # peft 0.21 uses an attribute that is deprecated in transformers 5.23.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     return model

@@ -1,11 +1,12 @@
 """The client half of FL-TAC: one message holds the adapters of all tasks of the client.
 
-An app tells its tasks apart, and orders them in the same way each round, as *slots*: `split_slots` gives the
-adapter that each starts from, `join_slots` puts the trained ones together. Nobody else knows what a slot is for.
-`fedkit.clients.slots.train_slots` does that for a PEFT model, which never holds more than one adapter.
+The app has one *slot* for the adapter of each of its tasks, in the same order in every round. Only the app knows
+which task a slot is for. `split_slots` returns the adapters to start from, and `join_slots` puts the trained ones
+together. `fedkit.clients.slots.train_slots` does both for a PEFT model that never holds more than one adapter.
 
-Slots are coded as they are or, if the server says so, as AQUILA's innovations, or under a mask. It is one for all
-slots of all clients in a round, unlike SAFARI's: adapters under masks of their own are hard to compare.
+Slots are encoded as they are or, if the server says so, as AQUILA's innovations or under a mask. Unlike SAFARI's,
+this mask is the same for all slots of all clients in a round: adapters under masks of their own are hard to
+compare.
 
 Symbols and deviations: `fedkit.aggregation.cluster`.
 """
@@ -40,22 +41,22 @@ NONE: Final = (
 
 
 class Plainly(UpdateMod):
-    """Codes slots as they are."""
+    """Encodes the updates of slots as they are."""
 
     scheme: ClassVar[str] = "tac"
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
-        """Return all of them."""
+        """Return a frame with the updates of all slots."""
         return Coded(job.instructions.codec.encode(update, rng=job.rng))
 
 
 class Masked(UpdateMod):
-    """Codes the entries of slots that all clients send in a round."""
+    """Encodes the updates of slots under the mask that all clients share in a round."""
 
     scheme: ClassVar[str] = "tac"
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
-        """Return these entries of every slot."""
+        """Return a frame with the entries of every slot that the mask keeps."""
         instructions = job.instructions
         rng = np.random.default_rng([int(instructions.options["seed"]), instructions.server_round])
         one = random_mask(split_slots(update, 1)[0], float(instructions.options["density"]), rng)
@@ -72,30 +73,30 @@ class TacMod(UpdateMod):
     scheme: ClassVar[str] = "tac"
 
     def rewinds(self, instructions: Instructions) -> bool:
-        """Return what the mod says that codes the slots."""
+        """Return what the mod that encodes the slots returns."""
         return _coding(instructions).rewinds(instructions)
 
     def remembers_as(self, instructions: Instructions) -> str:
-        """Return the name of the scheme that codes the slots."""
+        """Return the name of the scheme that encodes the slots."""
         return _coding(instructions).scheme
 
     def prepare(self, job: Job) -> NamedArrays:
-        """Return what was sent; of a single slot the plain adapter, for apps that know no slots."""
+        """Return what was sent; for a single slot the plain adapter, for apps that do not use slots."""
         return job.sent if count_slots(job.sent) > 1 else split_slots(job.sent, 1)[0]
 
     def start_of(self, local: NamedArrays, given: NamedArrays) -> NamedArrays:
-        """Return the adapters that the app's slots started from, named as the app's are."""
+        """Return the adapters that the app's slots started from, under the names that the app uses."""
         starts = split_slots(given, count_slots(local))
         return join_slots(starts) if "slot-0" in {name.partition("/")[0] for name in local} else starts[0]
 
     def code(self, update: NamedArrays, job: Job) -> Coded:
-        """Return the update of all slots as one frame, and say how many they are."""
+        """Return the updates of all slots as one frame, with the number of slots."""
         num_slots = count_slots(update)
         coded = _coding(job.instructions).code(join_slots(split_slots(update, num_slots)), job)
         return replace(coded, options={"num-slots": num_slots})
 
     def _code_reply(self, content: RecordDict, given: NamedArrays, beside: Beside, job: Job) -> Coded:
-        """Take the slots' features out of the app's reply, too; they go up if the server asked for them."""
+        """Also take the slots' features out of the app's reply, and report them if the server asked for them."""
         record = content.pop(FEATURES, None)
         coded, asked = super()._code_reply(content, given, beside, job), job.instructions.options.get(FEATURES)
         if coded.frame is None or not asked or (asked == "may" and record is None):
@@ -106,7 +107,7 @@ class TacMod(UpdateMod):
 
 
 def _coding(instructions: Instructions) -> UpdateMod:
-    """Return the mod that codes slots as the server asks."""
+    """Return the mod that encodes slots in the way that the server asks for."""
     name = str(instructions.options.get(CODING, ""))
     if name not in _CODINGS:
         raise FedkitError(f"the server asks for the coding {name!r}, which this fedkit lacks. Update it.")

@@ -1,21 +1,22 @@
-"""A process that stays for the messages to come, so that what an app has loaded stays with it.
+"""A worker process that serves all messages of a node, so that what the app has loaded stays loaded.
 
 In a deployment, a SuperNode starts a new process for every message, and importing torch and loading the model
-takes seconds, each time. With `WarmWorker`, outermost of the mods, that process hands the message on to a worker::
+takes seconds each time. With `WarmWorker` as the outermost mod, that process passes the message on to a worker::
 
     SuperNode ── SuperExec ─┬─ flwr-clientapp ── message, Context ─▶ worker: the same app, with all its mods
                             │   (one per message)  ◀─ reply, Context ──┘  (one per node, run and app)
                             └─ is watched by the worker, which ends when it has gone
 
-Flower's contract is as it was: the app receives each Message with its Context and returns a Message. What it loads
-with `fedkit.clients.kept` is there for the next message, as are all of its modules, just as in a simulation.
+Flower's contract does not change: the app receives each Message with its Context and returns a Message. What it
+loads with `fedkit.clients.kept` is still there for the next message, as are all of its modules, just as in a
+simulation.
 
-- The worker starts with the first message. It ends with its node, for another run or changed files of the app, and
-  when it was idle for so many seconds as the node config's ``worker-idle`` says, or else the environment's
-  `FEDKIT_WORKER_IDLE`, or else 600. 0: no worker.
-- One that is killed, or takes longer than the message's time to live, costs that reply: the node answers with an
-  error. A ClientApp that is killed takes the worker's work on its message with it, as it would without a worker.
-- In a simulation, where there can be no worker, and where there is none, the app runs in the process it is in.
+- The worker starts with the first message. It ends when its node ends, when another run begins or the app's files
+  change, and when it has been idle for too long. The limit in seconds is ``worker-idle`` in the node config, else
+  the environment variable `FEDKIT_WORKER_IDLE`, else 600; 0: no worker.
+- If a worker is killed, or takes longer than the message's time to live, that reply is lost: the node answers with
+  an error. If a ClientApp is killed, so is the worker's work on its message, as it would be without a worker.
+- In a simulation, which has no workers, and wherever no worker can be used, the app runs in its own process.
 - A function that is registered with ``@app.lifespan()`` runs in both processes.
 """
 
@@ -44,27 +45,27 @@ from fedkit.flower import ClientAppCallable, refusal, superexec
 logger = logging.getLogger(__name__)
 
 WORKER_IDLE: Final = "FEDKIT_WORKER_IDLE"
-OURS, OTHER = b"+", b"-"  # what a worker says to the key of a node, run and app
+OURS, OTHER = b"+", b"-"  # a worker's answers to a key: its own, or another one
 _IDLE_SECONDS = 600.0
-_GREETING_SECONDS = 60.0  # it answers at once, but must start first, or finish what it is at
+_GREETING_SECONDS = 60.0  # it answers at once, but may have to start, or to finish its work, first
 _TRIES = 3
-_LATE_SECONDS = 5.0  # it ends by itself when the time to live is over
+_LATE_SECONDS = 5.0  # more than the time to live, at which the worker ends by itself
 
 
 class WarmWorker:
-    """Hands messages on to a process that stays; the first of an app's mods: ``WarmWorker(__file__)``.
+    """Runs the app in a process that outlives a message. Put it first among the mods: ``WarmWorker(__file__)``.
 
     Parameters
     ----------
     file : str
-        A file of the app, whose folder has a pyproject.toml, or one above.
+        A file of the app. Its folder, or one above, has the app's pyproject.toml.
     """
 
     def __init__(self, file: str) -> None:
         self.file = Path(file)
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        """Return the app's reply, from a worker if there can be one."""
+        """Return the app's reply, from a worker if one can be used."""
         node = superexec()
         if node is None:
             return call_next(message, context)
@@ -83,21 +84,21 @@ class WarmWorker:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A node's worker, seen from a ClientApp."""
+    """A node's worker, as seen from a ClientApp."""
 
     path: Path  # of its socket
     key: str  # of node, run and app, 32 characters
-    root: Path  # of the app
-    node: int  # the process that it ends with
-    seconds: float  # that it may be idle
+    root: Path  # the app's folder
+    node: int  # the id of the node's process, with which the worker ends
+    seconds: float  # how long it may be idle
 
     def reach(self) -> socket.socket:
-        """Return a connection to the worker, which is started if need be and waits for a call.
+        """Return a connection to the worker, which is started if necessary and waits for a call.
 
         Raises
         ------
         StateError
-            If there is no such worker.
+            If no worker for this key answers.
         OSError
             If it cannot be started.
         """
@@ -110,7 +111,7 @@ class Worker:
                 if _greet(connection, self.key):
                     return connection
             except TimeoutError:
-                self.path.unlink(missing_ok=True)  # the next message shall not wait for it
+                self.path.unlink(missing_ok=True)  # so that the next message does not wait for it
                 connection.close()
                 raise StateError(f"it did not answer within {_GREETING_SECONDS:.0f} s") from None
             connection.close()
@@ -119,7 +120,7 @@ class Worker:
         raise StateError("it ended before it could answer")
 
     def _start(self) -> socket.socket:
-        """Start the worker at a socket that it finds open; return a connection."""
+        """Start the worker with a socket that is already listening; return a connection to it."""
         for path in _silent(self.path.parent):
             path.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX) as listener:
@@ -131,7 +132,7 @@ class Worker:
                 [sys.executable, "-P", "-m", "fedkit.clients.worker_process", *map(str, what)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[listener.fileno()],
-                start_new_session=True,  # what ends the ClientApp shall not end the worker
+                start_new_session=True,  # so that what ends the ClientApp does not end the worker
             )
         logger.info("A worker starts, process %d: it keeps what the app loads for later messages.", process.pid)
         if connection := _connect(self.path):
@@ -140,11 +141,11 @@ class Worker:
 
 
 def _ask(connection: socket.socket, message: Message, context: Context) -> Message:
-    """Return the worker's reply, with what it changed in the Context; if there is none, an error reply."""
+    """Return the worker's reply and apply its changes to the Context; without a reply, return an error reply."""
     seconds, begin = message.metadata.ttl, time.monotonic()
     connection.settimeout(seconds + _LATE_SECONDS)
     try:
-        socket.send_fds(connection, [OURS], [1, 2])  # what the app prints comes out here
+        socket.send_fds(connection, [OURS], [1, 2])  # so that the app prints to this process's output
         send(connection, pack(message, context))
         reply, changed = unpack(receive(connection))
     except OSError as error:
@@ -158,7 +159,7 @@ def _ask(connection: socket.socket, message: Message, context: Context) -> Messa
 
 
 def _greet(connection: socket.socket, key: str) -> bool:
-    """Return whether the worker is one for this key; if not, it ends."""
+    """Return whether the worker is for this key; if not, the worker ends."""
     try:
         connection.sendall(key.encode())
         return connection.recv(1) == OURS
@@ -182,7 +183,7 @@ def _connect(path: Path) -> socket.socket | None:
 
 
 def _silent(folder: Path) -> Iterator[Path]:
-    """Yield the sockets in `folder` that nobody listens at any more."""
+    """Yield the sockets in `folder` on which no process listens any more."""
     for path in folder.glob("*.sock"):
         if connection := _connect(path):
             connection.close()
@@ -191,7 +192,7 @@ def _silent(folder: Path) -> Iterator[Path]:
 
 
 def idle_seconds(context: Context) -> float:
-    """Return how long a node's worker may be idle; 0: there shall be none."""
+    """Return how many seconds a node's worker may be idle; 0: use no worker."""
     said = context.node_config.get("worker-idle", os.environ.get(WORKER_IDLE, _IDLE_SECONDS))
     try:
         seconds = float(said)
@@ -203,7 +204,7 @@ def idle_seconds(context: Context) -> float:
 
 
 def root_of(file: Path) -> Path:
-    """Return the folder of the app that a file belongs to; raise ConfigError if there is none."""
+    """Return the folder of the app that a file belongs to; raises ConfigError if there is none."""
     for folder in file.resolve().parents:
         if (folder / "pyproject.toml").exists():
             return folder
@@ -211,7 +212,7 @@ def root_of(file: Path) -> Path:
 
 
 def key_of(node: int, context: Context, root: Path) -> str:
-    """Return what a worker is for: a node's process, a run, the app's files, the installed packages."""
+    """Return a key for what a worker serves: a node's process, a run, the app's files, the installed packages."""
     digest = hashlib.blake2b(digest_size=16)
     packages = [os.stat(sysconfig.get_path(name)).st_mtime_ns for name in ("purelib", "platlib")]
     digest.update(

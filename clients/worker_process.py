@@ -1,8 +1,8 @@
-"""The program of a worker: see `fedkit.clients.worker`, which starts it with its arguments.
+"""The program of a worker process; `fedkit.clients.worker` starts it and passes its arguments.
 
-It serves one call at a time. What must not happen is left to the kernel: an app that takes longer than its message
-may live is ended by an alarm, whatever it hangs in; what the app prints goes to the ClientApp's own output, and
-nowhere when there is none.
+It serves one call at a time. Time limits are left to the kernel: if the app takes longer than the time to live of
+its message, an alarm ends the process, whatever it hangs in. What the app prints goes to the output of the
+ClientApp, or nowhere while there is no call.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ class Server:
     Parameters
     ----------
     path : Path
-        Of the socket that `listener` listens at.
+        The path of the socket on which `listener` listens.
     key : str
-        Of the node, run and app that it is for; after a call with another one it ends.
+        The key of the node, run and app that the server is for; it ends after a call with another key.
     root : Path
         The app's folder.
     node : int
-        The process that it ends with.
+        The id of the node's process; the server ends with it.
     seconds : float
-        How long it may be idle.
+        How long the server may be idle.
     listener : socket
-        Where the calls come from.
+        The socket that calls come from.
     """
 
     def __init__(
@@ -67,27 +67,27 @@ class Server:
         self.app: ClientApp | None = None
 
     def serve(self) -> None:
-        """Serve calls until the worker is idle for too long, or no longer wanted."""
+        """Serve calls until the worker has been idle for too long, or is no longer wanted."""
         last = time.monotonic()
         while self.wanted and is_alive(self.node) and time.monotonic() - last < self.seconds:
             if wait([self.listener], POLL_SECONDS):
                 self._next()
                 last = time.monotonic()
         self._retire()
-        while wait([self.listener], 0):  # those who came before
+        while wait([self.listener], 0):  # callers that came before
             self._next()
 
     def _retire(self) -> None:
-        """Let nobody come any more."""
+        """Accept no new callers."""
         self.wanted = False
         with suppress(FileNotFoundError):
-            if self.path.stat().st_ino == self.inode:  # it may be a successor's by now
+            if self.path.stat().st_ino == self.inode:  # the path may be a successor's by now
                 self.path.unlink()
 
     def _next(self) -> None:
         """Serve the next caller."""
         connection, _ = self.listener.accept()
-        with connection, suppress(StateError, OSError):  # of a caller that has gone
+        with connection, suppress(StateError, OSError):  # the caller may have gone
             connection.settimeout(_RECEIVE_SECONDS)
             check_user(connection)
             if receive_exactly(connection, len(self.key)).decode() == self.key:
@@ -99,7 +99,7 @@ class Server:
         gc.collect()  # while nobody waits
 
     def _call(self, connection: socket.socket) -> None:
-        """Receive a call, serve it, send the reply."""
+        """Receive a call, serve it, and send the reply."""
         _, outputs, _, _ = socket.recv_fds(connection, len(OURS), 2)
         with printing_to(outputs):
             message, context = unpack(receive(connection))
@@ -115,7 +115,7 @@ class Server:
             send(connection, parts)
 
     def _app(self) -> ClientApp:
-        """Return the app, loaded as Flower does; the first time that takes a while."""
+        """Return the app, loaded in the way Flower loads it; the first call takes a while."""
         if self.app is None:
             config = tomllib.loads((self.root / "pyproject.toml").read_text(encoding="utf-8"))
             module, _, name = config["tool"]["flwr"]["app"]["components"]["clientapp"].partition(":")
@@ -131,7 +131,7 @@ class Server:
 
     @contextmanager
     def _while_wanted(self, connection: socket.socket) -> Iterator[None]:
-        """End this process if the ClientApp or the node ends before the block does."""
+        """End this process if the ClientApp or the node's process ends before the block does."""
         end, ended = socket.socketpair()
 
         def watch() -> None:
@@ -152,7 +152,7 @@ class Server:
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Let SIGALRM end this process if the block takes longer."""
+    """Let SIGALRM end this process if the block takes longer than `seconds`."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -163,7 +163,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def printing_to(outputs: Sequence[int]) -> Iterator[None]:
-    """Let two open files be this process's standard output and error; they are closed in the end."""
+    """Redirect this process's standard output and error to two open files, which are closed in the end."""
     for number, output in enumerate(outputs, 1):
         os.dup2(output, number)
         os.close(output)
@@ -174,7 +174,7 @@ def printing_to(outputs: Sequence[int]) -> Iterator[None]:
 
 
 def print_nowhere() -> None:
-    """Let go of the standard output and error: who waits for their end need not wait for this process."""
+    """Redirect standard output and error to nowhere, so that their readers need not wait for this process."""
     sys.stdout.flush()
     sys.stderr.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -184,7 +184,7 @@ def print_nowhere() -> None:
 
 
 def forget_chance() -> None:
-    """Seed the random generators from the system, as those of a new process are."""
+    """Seed the random generators from the system, as in a new process."""
     random.seed()
     np.random.seed()
     if torch := sys.modules.get("torch"):
@@ -192,7 +192,7 @@ def forget_chance() -> None:
 
 
 def main() -> None:
-    """Serve, with the arguments of `Server`."""
+    """Run a `Server` with the arguments of the command line."""
     path, key, root, node, seconds, listener = sys.argv[1:]
     print_nowhere()
     listening = socket.socket(fileno=int(listener))

@@ -17,7 +17,7 @@ MAX_PAUSE: Final = 8  # rounds
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a round may last, and what it is worth.
+    """When a round ends, how many replies it needs, and what happens if it gets fewer.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ ROWS_SEED: Final = "rows-seed"  # an option of messages, and of the reports that
 
 @dataclass(frozen=True, slots=True)
 class RowMask:
-    """What a strategy asks for: that clients train and send few components of each layer, others in each round.
+    """Makes clients train and send only a few components of each LoRA layer, others in each round.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Flower strategies, the server's half of each scheme."""
+"""Flower strategies: the server half of each scheme."""
 
 from fedkit.aggregation.missing import Missing
 from fedkit.limits import Limits

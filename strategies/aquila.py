@@ -1,4 +1,4 @@
-"""AQUILA: clients send the quantized innovation of their update, or nothing if it is small; and LAQ, its parent.
+"""AQUILA: clients send the quantized innovation of their update, or skip it if it is small; also LAQ.
 
 Z. Zhao, Y. Mao, Z. Shi, et al., "AQUILA: Communication Efficient Federated Learning with Adaptive
 Quantization in Device Selection Strategy", IEEE TMC 23(6), 2024, https://arxiv.org/abs/2308.00258.
@@ -6,8 +6,9 @@ Quantization in Device Selection Strategy", IEEE TMC 23(6), 2024, https://arxiv.
 Symbols and deviations: `fedkit.codec.quantize` (the quantizer), `fedkit.skipping` (the skip rule),
 `fedkit.aggregation.lazy` (the lazy sum) and `fedkit.clients.aquila` (what is sent).
 
-The paper's other baselines use the same mod: QSGD and AdaQuantFL are forms of `Plain`, MARINA is `Marina`. LENA is
-not there: no source of its rule could be read.
+The innovation is the difference between a client's update and what the server already has from that client. LAQ is
+the method that AQUILA builds on. The paper's other baselines use the same mod: QSGD and AdaQuantFL are forms of
+`Plain`, MARINA is `Marina`. LENA is not implemented, since no source of its rule could be read.
 """
 
 from __future__ import annotations
@@ -45,39 +46,43 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
     Parameters
     ----------
     beta : float
-        How large an innovation may be, relative to the last step of the model, and still be skipped; 0: nobody
-        skips.
+        How large an innovation may be, relative to the last step of the model, and still be skipped. Larger values
+        save more uploads; 0: nobody skips.
     quantizer : Quantizer
         The default works with local training; `Aquila.published` has the paper's.
     weighted : bool
-        Whether clients count by their number of examples.
+        Whether clients are weighted by their number of examples.
     memory : {"each", "sum"}
-        What the server remembers. "each": what every client sent, clients × parameters (in RAM, or in one file
-        per client: `fedkit.aggregation.memories`); a client that lost its memory starts anew alone, and one that
-        trains on more examples than before weighs more. "sum": their weighted sum, parameters only, however many
-        clients; a client's weight stays that of its first upload, nobody can be taken out, and once a client that
-        is in the sum has lost its memory, all start anew: each uploads against zeros, and until it has, counts
-        for nothing. Meant for clients that keep their memory on disk.
+        What the server remembers.
+
+        "each": what every client sent, which takes clients × parameters (in RAM, or in one file per client:
+        `fedkit.aggregation.memories`). A client that lost its memory starts anew without affecting the others, and
+        one that trains on more examples than before gets a larger weight.
+
+        "sum": the weighted sum over the clients, which takes the parameters only, however many clients there are.
+        A client's weight stays that of its first upload, and no client can be taken out. Once a client that is in
+        the sum has lost its memory, all clients start anew: each uploads against zeros, and counts for nothing
+        until it has. Meant for clients that keep their memory on disk.
     step_size : float or callable
-        α, or the function from the round to it: what an update is divided by on the client, and the mean
-        multiplied by on the server. The app finds it as ``step-size`` in its config; with one step of SGD of that
-        length what travels is the gradient, as published. At 1, the default, it is the update itself; any
-        other constant makes no difference, a schedule does.
+        α, or a function from the round to α. Clients divide their update by it, and the server multiplies the mean
+        by it. The app finds it as ``step-size`` in its config: if the app takes one SGD step of that length, the
+        gradient is sent, as published. At 1, the default, the update itself is sent. Any other constant makes no
+        difference; a schedule does.
     rule : SkipRule, optional
         When clients skip, instead of AQUILA's rule with `beta`.
     gap : bool
-        Whether to report how far LoRA factors are from the mean of the products, as the metric ``lora-gap``
-        (`fedkit.aggregation.lora`); with "each", and about the cost of another mean.
+        Whether to report how far the product of the averaged LoRA factors is from the mean of the products, as the
+        metric ``lora-gap`` (`fedkit.aggregation.lora`). Only with "each"; costs about as much as another mean.
     missing : {"mifa"}
-        A client that is missing counts, as one that is silent, with what the server has from it. Nothing else
-        goes: see `LAZY`.
+        A missing client counts with what the server has from it, as one that skips does. No other value is
+        possible: see `LAZY`.
     **options
         As in `UpdateStrategy`.
 
     Raises
     ------
     ConfigError
-        For impossible values, and combinations.
+        For impossible values and combinations.
     """
 
     scheme: ClassVar[str] = "aquila"
@@ -111,13 +116,13 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
 
     @classmethod
     def published(cls, *, beta: float = 0.1, **options: Any) -> Self:
-        """Return AQUILA as published: the grid without a zero, b* from 1 bit up, no weights, a dense downlink."""
+        """Return AQUILA as published: a grid without a zero, b* from 1 bit up, unweighted, a dense downlink."""
         form = {"quantizer": AquilaMidTread(), "weighted": False, "downlink": None}
         return cls(beta=beta, **{**form, **options})
 
     @classmethod
     def laq(cls, bits: int = 8, **options: Any) -> Self:
-        """Return LAQ: innovations at a fixed width, and its own skip rule."""
+        """Return LAQ: innovations at a fixed number of bits, with LAQ's own skip rule."""
         form = {
             "quantizer": AquilaMidTread(bits, bits),
             "rule": SkipRule.laq(),
@@ -129,12 +134,12 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
     # ---- what the strategy remembers -----------------------------------------------------------
 
     def remember(self) -> Tree:
-        """Return what the aggregator says, and what the skip rule needs."""
+        """Return what the aggregator remembers, and what the skip rule needs."""
         previous = None if self._previous is None else dict(self._previous)
         return {"aggregation": self.aggregator.remember(self.state), "previous": previous, "steps": self._steps}
 
     def recall(self, params: NamedArrays, saved: Tree | None) -> None:
-        """Go on; a client whose file is lost starts anew."""
+        """Restore what `remember` returned; a client whose file is lost starts anew."""
         saved = saved or {"aggregation": {}, "previous": None, "steps": []}
         folder = self.progress.folder
         self.state = self.aggregator.recall(params, saved["aggregation"], folder and folder / "memories")
@@ -144,7 +149,7 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
     # ---- Flower's round ------------------------------------------------------------------------
 
     def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
-        """Return when a node skips, over the entries that it sends updates of."""
+        """Return the rule by which a node skips, computed over the entries that it sends updates of."""
         if not self.parts.differ or self._previous is None:
             return self.rule.to_options(self._steps)
         return self.rule.to_options([self._step(self._cohort.server_round, part(params), part(self._previous))])
@@ -164,11 +169,11 @@ class Aquila(UpdateStrategy[LazyState | LazySum]):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the new arrays and metrics, and let start anew whoever is not in the memory any more."""
+        """Return the new arrays and metrics; clients that are no longer in the memory start anew."""
         result = super().aggregate_train(server_round, replies)
         self.registry.accepted = dict(self.state.digests)
         return result
 
     def _step(self, server_round: int, params: NamedArrays, previous: NamedArrays) -> float:
-        """Return ‖θ^k − θ^{k−1}‖²/α², with α of the round before, which made that step."""
+        """Return ‖θ^k − θ^{k−1}‖²/α², with the α of the round before, which made that step."""
         return squared_norm(subtract(params, previous)) / float(step_at(self.step_size, server_round - 1)) ** 2

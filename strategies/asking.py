@@ -1,4 +1,4 @@
-"""Whom to ask, and with what message: one for each node, with the frames that it lacks and its instructions."""
+"""Choosing nodes and building their messages, each with the frames that the node lacks and its instructions."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ from .sampling import choose, wait_for_nodes
 logger = logging.getLogger(__name__)
 
 Part: TypeAlias = Callable[[NamedArrays], NamedArrays]
-"""What a node sends updates of, in its own units."""
+"""Cuts out of the server's arrays those entries that a node sends updates of, in the node's own units."""
 
 
 class Asking(FedAvg):
-    """The half of a strategy that makes messages. Its options are those of `UpdateStrategy`."""
+    """The half of a strategy that chooses nodes and builds messages. Its options are those of `UpdateStrategy`."""
 
     scheme: ClassVar[str]
-    one_for_all: ClassVar[bool] = True  # whether every node that holds the whole is sent the same arrays
-    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(PRODUCTS, REMEMBERS)  # options, and why they do not go
+    one_for_all: ClassVar[bool] = True  # whether every node that holds the whole model is sent the same arrays
+    refused: ClassVar[Mapping[str, str]] = dict.fromkeys(PRODUCTS, REMEMBERS)  # options, and why they are refused
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Asking(FedAvg):
         self.seed, self.node_timeout = seed, node_timeout
         self.limits, self._own_limits = limits or Limits(), limits is not None
         self.num_rounds, self._timeout = 1, 3600.0
-        self.started = self.wrapped = False  # by `start`; by another strategy, which calls all but that
+        self.started = self.wrapped = False  # by `start`; by another strategy, which calls everything but `start`
         self.ledger, self.registry = Ledger(), Registry(parts.name_of)
         self.progress = Progress(Path(checkpoint) if str(checkpoint) else None)
         self._params: NamedArrays = {}
@@ -87,25 +87,25 @@ class Asking(FedAvg):
     initialize_parameters = refuse_secure_aggregation
 
     def summary(self) -> None:
-        """Log the settings; Flower does, before the first round, and strategies that wrap another do."""
+        """Log the settings; called by Flower before the first round, and by strategies that wrap this one."""
         self.wrapped = not self.started
         logger.info("\t├──> %s, codec: %s", type(self).__name__, self.codec.quantizer or "float32")
         super().summary()
 
     def distribute(self, params: NamedArrays, node_ids: Sequence[int]) -> Mapping[int, NamedArrays]:
-        """Return what each node is sent: its part; everybody the same, if all hold the whole."""
+        """Return what each node is sent: its part of the model, or the same for all if they hold the whole."""
         return self.parts.distribute(params, node_ids, self.registry.submodels)
 
     def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
-        """Return what this scheme's mod must be told this round; `part` cuts out what a node sends updates of."""
+        """Return what this scheme's mod is told in this round; `part` cuts out what a node sends updates of."""
         return {}
 
     def coding(self, server_round: int) -> Codec:
-        """Return how uploads of a round are coded, if the budget has nothing against it; here always the same."""
+        """Return how uploads of a round are coded unless the budget changes it; by default always the same."""
         return self.codec
 
     def check(self, node_id: int, report: Report) -> None:
-        """Raise ReplyError for a report that the scheme cannot use; here none."""
+        """Raise ReplyError for a report that the scheme cannot use; by default, never."""
 
     def _adopt(self, grid: Grid, timeout: float) -> RoundGrid:
         grid = grid if isinstance(grid, RoundGrid) else RoundGrid(grid)
@@ -117,9 +117,10 @@ class Asking(FedAvg):
     def _sample(
         self, grid: RoundGrid, server_round: int, fraction: float, minimum: int, kind: str, *, must: bool = False
     ) -> list[int]:
-        """Return the nodes to ask, by client id; none, if there are too few and the limits let the model stay.
+        """Return the nodes to ask, by client id; none if there are too few and the limits let the model stay.
 
-        With `must`, too few are an error in any case. Who is to evaluate is another choice than who trained.
+        With `must`, too few nodes are an error in any case. The nodes that evaluate are drawn independently of
+        those that train.
         """
         training = kind == MessageType.TRAIN
         if fraction == 0:
@@ -151,10 +152,11 @@ class Asking(FedAvg):
         return choose(ready, size, seed if training else f"{seed}/{kind}")
 
     def _introduce(self, grid: RoundGrid, node_ids: Sequence[int], server_round: int, *, sampling: bool) -> None:
-        """Ask nodes that are not known which client they are, where that matters.
+        """Ask unknown nodes which client they are, if that matters.
 
-        It does where some are chosen, by client; where they hold different parts of the model; and where a known
-        client is missing, which may have come back.
+        It matters if only some of the nodes are asked, since they are chosen by client; if nodes hold different
+        parts of the model or rows of their own; if the run was resumed; and if a known client is missing, since an
+        unknown node may be that client.
         """
         unknown = [
             node_id
@@ -178,7 +180,7 @@ class Asking(FedAvg):
     ) -> list[Message]:
         """Return a fresh message for each node."""
         messages = []
-        known: dict[str, Mapping[str, Scalar]] = {}  # options by part, so that each is worked out once
+        known: dict[str, Mapping[str, Scalar]] = {}  # options by part, so that each is computed once
         if kind == MessageType.TRAIN:
             self.ledger.whole(server_round, sum(map(num_values, sent.values())))
         size = float(step_at(self.step_size, server_round))
@@ -228,7 +230,7 @@ class Asking(FedAvg):
         )
 
     def _codecs(self, server_round: int, down: Mapping[int, int]) -> Mapping[int, Codec]:
-        """Return how each node that is asked codes its upload; `down`: bytes that nodes are to be sent."""
+        """Return how each node that is asked codes its upload; `down` has the bytes to be sent to each node."""
         if self.budget is None:
             codec, told = self.coding(server_round), self.parts.told
             return {

@@ -1,6 +1,6 @@
-"""Flower's round in fedkit's words: send changes, judge replies one by one, fold the uploads.
+"""The base of all strategies: a Flower round that sends coded changes, checks each reply and aggregates uploads.
 
-A scheme is a subclass that names itself, its aggregation and its codec, and overrides one or two of the hooks
+A scheme is a subclass that sets its name, its aggregator and its codec, and overrides one or two of the hooks
 `distribute`, `options` and `expected`. Everything else is here.
 """
 
@@ -41,47 +41,47 @@ S = TypeVar("S")
 
 
 class UpdateStrategy(Asking, Generic[S]):
-    """A strategy whose clients send coded updates.
+    """Base class of the strategies whose clients send coded updates.
 
     Parameters
     ----------
     aggregator : Aggregator[S]
-        Uploads to new parameters.
+        Turns the uploads of a round into new parameters.
     codec : Codec
-        How clients code what they send.
+        How clients encode their uploads.
     submodels : mapping of str to Cut, optional
-        The parts that nodes hold, by the name in their node config (``submodel="r4"``) or of their profile: see
-        `fedkit.submodels`; with bits and a run config of their own, `Terms`. Parts go without a `downlink` only.
+        The part of the model that a node holds, by the name in its node config (``submodel="r4"``) or by its
+        profile: `fedkit.submodels`; with `Terms`, its bits and run config, too. Parts need ``downlink=None``.
     lora : {"factors", "ffa", "fedsa", "product", "product-update"}
         How LoRA factors are averaged: see `fedkit.strategies.parts.LoraMode`.
     missing : {"drop", "reweight", "mifa", "safari"} or Missing
-        What clients count with that did not answer: `fedkit.aggregation.missing`.
+        How clients that did not answer count in the mean: `fedkit.aggregation.missing`.
     row_mask : RowMask, optional
-        Let clients train and send few rows of LoRA factors, others in each round: `fedkit.row_masks`.
+        Makes clients train and send only a few rows of the LoRA factors, others in each round: `fedkit.row_masks`.
     step_size : float or callable
-        See `Aquila`; for schemes that say so.
+        See `Aquila`; only for the schemes that document it.
     downlink : Codec, optional
-        How the server codes changes of the arrays; `evaluate_fn` and the result see what the clients rebuilt
+        How the server encodes the changes of its arrays; `evaluate_fn` and the result see what the clients rebuild
         (`fedkit.broadcast`). None: all arrays are sent, in float32, every time.
     initial : Codec
-        How the initial arrays are coded, once for each client; by default without loss.
+        How the initial arrays are encoded, once for each client; lossless by default.
     budget : Budget, optional
-        How many bytes may travel; no limit if unset.
+        Limits on the bytes sent in both directions; no limit if unset.
     limits : Limits, optional
-        Of a round: quorum, grace, deadline; those of the RoundGrid if unset.
+        Quorum, grace period and deadline of a round; those of the RoundGrid if unset.
     checkpoint : str or Path
-        The folder where the run is saved after each round; `start` takes up what it finds there. Empty: nowhere.
+        Folder where the run is saved after each round; `start` resumes a run that it finds there. Empty: none.
     seed : int
-        Of the choice of clients, when not all take part, and of rows.
+        Of the client sampling, when not all take part, and of the draws of rows.
     node_timeout : float
-        Seconds to wait for `min_available_nodes` at first, or for the quorum before a later round.
+        Seconds to wait for `min_available_nodes` before the first round, or for the quorum before a later one.
     **fedavg
-        As in Flower's FedAvg.
+        Options of Flower's FedAvg.
     """
 
     parts_type: ClassVar[type[Parts]] = Parts
-    state_types: ClassVar[tuple[type, ...]] = ()  # dataclasses that `state` is made of
-    state: S  # what the aggregator remembers, from the first round on
+    state_types: ClassVar[tuple[type, ...]] = ()  # the dataclasses in `state`, needed to load a checkpoint
+    state: S  # of the aggregator, from the first round on
 
     def __init__(
         self,
@@ -117,18 +117,18 @@ class UpdateStrategy(Asking, Generic[S]):
         )
         self.aggregator: Aggregator[Any] = compensated(aggregator, self.missing)
         self._cohort = Cohort(0, {})
-        self._unanswered: Mapping[int, NamedArrays] = {}  # what nodes were sent that may yet answer, too late
+        self._unanswered: Mapping[int, NamedArrays] = {}  # what was sent to nodes whose reply may come late
 
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
-        """Return arrays with the names and shapes of an upload; here those of the node's part."""
+        """Return arrays with the names and shapes of an upload; by default those of the node's part."""
         return self.parts.expected(sent, report)
 
     def remember(self) -> Tree:
-        """Return plain values from which `recall` can go on after a restart; here what stands for `state`."""
+        """Return plain values from which `recall` can restore the run; by default those that stand for `state`."""
         return of.remember(self.state) if isinstance(of := self.aggregator, Remembering) else self.state
 
     def recall(self, params: NamedArrays, saved: Tree | None) -> None:
-        """Go on from what `remember` returned; None: begin a run."""
+        """Restore what `remember` returned; None: start a new run."""
         of, folder = self.aggregator, self.progress.folder
         if isinstance(of, Remembering):
             self.state = of.recall(params, saved or {}, folder and folder / "memories")
@@ -146,16 +146,16 @@ class UpdateStrategy(Asking, Generic[S]):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: EvaluateFn | None = None,
     ) -> Result:
-        """Run all rounds, or those that a checkpoint lacks; see Flower's `Strategy.start`.
+        """Run all rounds, or those that are missing in the checkpoint; see Flower's `Strategy.start`.
 
         Raises
         ------
         StateError
-            If the checkpoint cannot be read or written; before training, if that is clear by then.
+            If the checkpoint cannot be read or written; raised before training if that is clear by then.
         ConfigError
-            If the checkpoint is of another strategy, or of other arrays, or another server is at it.
+            If the checkpoint belongs to another strategy or other arrays, or another server is using it.
         QuorumError
-            If too few nodes take part, see `limits`.
+            If too few nodes take part; see `limits`.
         """
         grid, self.num_rounds, self.started = self._adopt(grid, timeout), num_rounds, True
         params = self.progress.resume(self, self.border.inward(initial_arrays), grid.ledger)
@@ -169,7 +169,7 @@ class UpdateStrategy(Asking, Generic[S]):
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if server_round == 0 and before:
-                return None  # that was done before the run was resumed
+                return None  # the initial arrays were evaluated before the run was resumed
             metrics = evaluate_fn(server_round + before, arrays) if evaluate_fn else None
             if server_round:
                 self.progress.save(self, server_round + before, self.border.inward(arrays), metrics)
@@ -191,7 +191,7 @@ class UpdateStrategy(Asking, Generic[S]):
         first, self._params = not self._params, self.border.inward(arrays)
         if first:
             self.recall(self._params, None)
-        grid, must = self._adopt(grid, self._timeout), server_round == 1  # nothing was trained yet that might stay
+        grid, must = self._adopt(grid, self._timeout), server_round == 1  # round 1 has no trained model to keep
         size, kind = (self.fraction_train, self.min_train_nodes), MessageType.TRAIN
         node_ids = self._sample(grid, server_round, *size, kind, must=must)
         owing = grid.owing()
@@ -205,11 +205,11 @@ class UpdateStrategy(Asking, Generic[S]):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the new arrays and the mean of the clients' metrics; (None, None) if nobody answered."""
+        """Return the new arrays and the mean of the clients' metrics; (None, None) below the quorum."""
         server_round += self.progress.before
         asked, replies = len(self._cohort.sent), list(replies)
         cohort = self.parts.cohort(replace(self._cohort, sent={**self._unanswered, **self._cohort.sent}))
-        self._unanswered = cohort.sent  # who answered an older message may yet answer this; the grid will know
+        self._unanswered = cohort.sent  # a node whose late reply was to an older message may still answer this one
         inbox = Inbox(self.registry, self.ledger, cohort, self._cohort.sent.keys(), self.weighted_by_key)
         judged = inbox.judge(replies, self.parts.check, self.border.check, self.check)
         if len(judged) < self.limits.needed(asked):

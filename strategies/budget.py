@@ -1,4 +1,4 @@
-"""Hard limits on bytes: the rate is lowered in time, and who could exceed a limit is not asked any more."""
+"""Hard limits on bytes: the rate is lowered in time, and a client that could exceed a limit is no longer asked."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fedkit.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
-ENVELOPE: Final = 4096  # bytes of a message besides its frames that are kept free, until messages were seen
-SLACK: Final = 1.06  # how much larger than its rate a frame may turn out
+ENVELOPE: Final = 4096  # bytes reserved for a message besides its frames, before any message was measured
+SLACK: Final = 1.06  # how many times as large as its rate says a frame may turn out
 SLACK_BYTES: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How many bytes may travel in all, uplink and downlink, as the ledger counts them.
+    """Limits on the bytes of all messages, uplink and downlink together, as the ledger counts them.
 
-    A run that would need more lowers the rate of its uploads, evenly over the rounds that are left, if its
-    quantizer is `EntropyConstrained`. A client that could exceed the limit even so is not asked any more; the log
-    says so.
+    If a run would need more, the rate of its uploads is lowered, evenly over the rounds that are left, provided
+    that its quantizer is `EntropyConstrained`. A client that could exceed the limit even so is no longer asked;
+    the log says so.
 
     Parameters
     ----------
     client_bytes : int, optional
-        Of each client; no limit if unset.
+        Limit of each client; no limit if unset.
     run_bytes : int, optional
-        Of all clients together; no limit if unset.
+        Limit of all clients together; no limit if unset.
     """
 
     client_bytes: int | None = None
@@ -53,22 +53,22 @@ class Budget:
         num_values: int,
         rounds_left: int,
     ) -> dict[int, Codec]:
-        """Return the codec of each node that may be asked this round.
+        """Return the codec of each node that may be asked in this round.
 
         Parameters
         ----------
         codec : Codec
-            That uploads have if nothing stands against it.
+            Used for uploads if the budget allows it.
         ledger : Ledger
-            What was spent.
+            Has the bytes spent so far.
         down : mapping of int to int
-            Bytes of the frames that each node is sent this round.
+            Bytes of the frames that each node is sent in this round.
         down_later : int
-            Bytes of the frames that it is sent in a later round, about.
+            Approximate bytes of the frames that a node is sent in a later round.
         num_values : int
-            Entries of an update.
+            Number of entries of an update.
         rounds_left : int
-            This one included.
+            Rounds that are left, this one included.
         """
         left = {node_id: self._left(ledger, node_id, len(down)) for node_id in down}
         envelope = 2 * ledger.envelope(ENVELOPE)
@@ -94,7 +94,7 @@ class Budget:
 
 
 def _fit(codec: Codec, evenly: float, here: float, num_values: int, last: int) -> Codec | None:
-    """Return the codec whose upload takes at most `evenly` bytes, or, at the lowest rate, `here`; None if none."""
+    """Return a codec whose upload fits `evenly` bytes, or, at the lowest rate, `here`; None if none does."""
     if not isinstance(codec.quantizer, EntropyConstrained):
         return codec if here >= (last or 4 * num_values) * SLACK + SLACK_BYTES else None
     rate = 8 * ((evenly - SLACK_BYTES) / SLACK) / num_values

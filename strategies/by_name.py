@@ -1,4 +1,4 @@
-"""Strategies by name, as `--strategy` and the run config spell them."""
+"""The strategies by the names that ``--strategy`` and the run config use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
     "fedavg": FedAvg,  # Flower's own
     "aquila": Aquila,
     "aquila-published": Aquila.published,
-    "laq": Aquila.laq,  # this and the next three: what AQUILA is compared with
+    "laq": Aquila.laq,  # this and the next three: baselines of AQUILA
     "qsgd": Plain.qsgd,
     "adaquantfl": Plain.adaquantfl,
     "marina": Marina,
@@ -37,15 +37,16 @@ STRATEGIES: Final[dict[str, Callable[..., Strategy]]] = {
 def build(
     config: RunConfig, *, clients_evaluate: bool = False, make: Callable[..., Strategy] | None = None
 ) -> Strategy:
-    """Return the strategy that a run config names, for all its clients, evaluated by them or on the server alone.
+    """Return the strategy that a run config names, set up to train with all clients of that config.
 
-    With a `run_dir` it saves itself there after each round, and `start` takes up what it finds; not so Flower's
-    FedAvg, which cannot be resumed and starts again. `make` constructs it where a name does not say enough.
+    Clients evaluate only with `clients_evaluate`, and then all of them do. If the config has a `run_dir`, the
+    strategy saves the run there after each round, and `start` resumes a run that it finds there; Flower's own
+    FedAvg cannot be resumed and starts again. Pass `make` to construct the strategy where its name is not enough.
 
     Raises
     ------
     ConfigError
-        For an unknown name, or an unknown option, with the nearest known one; for options that do not go together.
+        For an unknown strategy or option, with the nearest known name, and for options that cannot be combined.
     """
     check_keys([config.strategy], STRATEGIES, what="strategy")
     make, everybody = make or STRATEGIES[config.strategy], config.num_clients
@@ -59,7 +60,7 @@ def build(
 
 
 def class_of(make: Callable[..., Strategy]) -> type[FedAvg]:
-    """Return what is constructed: by a class, by a method of one, or by a part of either."""
+    """Return the class that `make` constructs: `make` is a class, a class method, or a `partial` of either."""
     found: Any = getattr(make, "func", make)
     of: type[FedAvg] = getattr(found, "__self__", found)
     return of

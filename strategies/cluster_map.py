@@ -1,9 +1,10 @@
-"""The map of TAC's adapters, round by round: a line of JSON each in ``clusters.jsonl``.
+"""A map of TAC's adapters in each round, written as one line of JSON per round to ``clusters.jsonl``.
 
-``{"round": 3, "adapters": [{"client": "7", "slot": 0, "cluster": 2, "x": -0.1, "y": 1.4}, ...]}``, an adapter that
-was set aside with ``"aside": true``, at the rim. Positions are the first two principal components of the round's
-signatures (K. Pearson, 1901), of many long ones of their sketches. Where the true tasks are known, for evaluation
-alone, the line also has ``purity`` and ``ari`` (`fedkit.aggregation.identities`).
+``{"round": 3, "adapters": [{"client": "7", "slot": 0, "cluster": 2, "x": -0.1, "y": 1.4}, ...]}``. An adapter that
+was set aside also has ``"aside": true``, and is shown at the rim. Positions are the first two principal components
+(K. Pearson, 1901) of the round's signatures; where these are many and long, of their sketches. If the true tasks
+are given, which is for evaluation only, the line also has ``purity`` and ``ari``
+(`fedkit.aggregation.identities`).
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from fedkit.aggregation.signatures import sketch
 from fedkit.files import put_line
 from fedkit.ledger import CLUSTERS
 
-_LARGE: Final = 512  # of more rows, of more values than that, components would take seconds
-_RIM: Final = 1.5  # how far out an adapter is shown at most that was set aside, if 1 is the farthest other
+_LARGE: Final = 512  # with more rows than this, of more values than this, components would take seconds
+_RIM: Final = 1.5  # how far out adapters set aside are shown, at most, relative to the farthest other adapter
 
 
 class ClusterMap:
-    """Puts the adapters of each round on a map.
+    """Writes the map of each round's adapters.
 
     Parameters
     ----------
@@ -39,7 +40,7 @@ class ClusterMap:
         self._axes: Points | None = None  # of the last round, so that the map does not flip over
 
     def put(self, folder: Path | None, server_round: int, seen: Seen | None) -> None:
-        """Write the line of a round, in place of one that is there; no folder, or no adapters: none."""
+        """Write the line of a round, replacing an existing one; without a folder or adapters, write nothing."""
         if folder is None or seen is None or not seen.labels:
             return
         places = np.round(self._placed(seen.points, seen.aside), 6).tolist()

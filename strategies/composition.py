@@ -1,4 +1,4 @@
-"""Which options of a strategy go together, and why others do not."""
+"""Which options of a strategy can be combined, and why others cannot."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ ROWS_MOVE: Final = (
 
 
 def composed(strategy: Asking, missing: Missing, downlink: Downlink, budget: Budget | None) -> Missing:
-    """Return what clients count with that do not answer, as it goes with the other options of a strategy.
+    """Return `missing`, adapted to the other options of a strategy, after checking that they can be combined.
 
     Raises
     ------
     ConfigError
-        With the reason, if two options do not go together.
+        With the reason, if two options cannot be combined.
     """
     name, parts = type(strategy).__name__, strategy.parts
     wanted: list[str] = [parts.lora] if parts.lora != "factors" else []
@@ -60,7 +60,7 @@ def composed(strategy: Asking, missing: Missing, downlink: Downlink, budget: Bud
 
 
 def check_inside_clusters(density: float, skip: SkipRule | None, missing: Missing, lora: LoraMode) -> None:
-    """Raise ConfigError, with the reason, for options of what TAC does inside clusters that do not go together."""
+    """Raise ConfigError, with the reason, if options of TAC's aggregation inside clusters cannot be combined."""
     if not 0 < density <= 1:
         raise ConfigError(f"density must be above 0 and at most 1, got {density}.")
     if density < 1 and lora in PRODUCTS:

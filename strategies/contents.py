@@ -1,4 +1,4 @@
-"""What an app's reply holds besides its arrays: metrics, and among them its weight."""
+"""What an app's reply holds besides its arrays: metrics, one of which is the weight of the reply."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fedkit.codec.wire import open_frame
 from fedkit.errors import LACKING, ReplyError
 from fedkit.message import STYPE, records_of
 
-MAX_WEIGHT: Final = 1e15  # of a reply; updates of 1e18, times that, fit a float32
+MAX_WEIGHT: Final = 1e15  # of a reply; an update of norm 1e18 times this fits a float32
 
 
 def content_of(reply: Message) -> RecordDict:
-    """Return what a reply holds; raises ReplyError if it is an error."""
+    """Return the content of a reply; raises ReplyError if the reply is an error."""
     if reply.has_error():
         reason = str(reply.error.reason)
         raise ReplyError(f"it answered with an error: {LACKING if STYPE in reason else reason}")
@@ -30,7 +30,7 @@ def metrics_of(content: RecordDict) -> dict[str, float]:
 
 
 def weight_of(reply: Message, key: str) -> float:
-    """Return what a reply weighs; raises ReplyError unless it is above 0, and at most `MAX_WEIGHT`."""
+    """Return the weight of a reply; raises ReplyError unless it is above 0 and at most `MAX_WEIGHT`."""
     weight = metrics_of(content_of(reply)).get(key)
     if weight is None:
         raise ReplyError(f"it lacks the metric {key!r}, which it weighs by. Does the app report it?")
@@ -58,6 +58,6 @@ def _items(content: RecordDict) -> list[tuple[str, int | float | list[int] | lis
 
 
 def opened(data: bytes, like: NamedArrays) -> tuple[NamedArrays, Mask | None]:
-    """Return the arrays of a frame that was checked before, and its mask."""
+    """Return the arrays and the mask of a frame that was checked before."""
     frame = open_frame(data, like=like)
     return frame.arrays(), frame.mask

@@ -1,4 +1,4 @@
-"""What the server sends: changes that bring every node to the same arrays, or all arrays each time."""
+"""What the server sends: coded changes that bring all nodes to the same arrays, or all arrays every time."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fedkit.parcel import Parcel
 
 
 class Downlink:
-    """Codes what nodes are sent; without a `codec`, all arrays in float32.
+    """Encodes what nodes are sent; without a `codec`, all arrays in float32.
 
     Parameters
     ----------
     codec : Codec, optional
-        Of the changes.
+        For the changes of the arrays.
     initial : Codec
-        Of the initial arrays.
+        For the initial arrays.
     seed : int
-        Of codecs that draw.
+        For codecs that use random numbers.
     """
 
     def __init__(self, codec: Codec | None, initial: Codec, seed: int) -> None:
@@ -43,12 +43,12 @@ class Downlink:
         return self.broadcast.arrays
 
     def remember(self) -> Tree:
-        """Return what must be known to go on after a restart."""
+        """Return what `recall` needs after a restart."""
         b = self.broadcast
         return None if b is None else (dict(b.arrays), dict(b.residual), list(b.frames), list(b.versions))
 
     def recall(self, saved: Tree, params: NamedArrays) -> None:
-        """Go on from what `remember` returned."""
+        """Restore what `remember` returned."""
         self._snapshot = 4 * num_values(params)
         self.broadcast = None if saved is None or self.codec is None else Broadcast(self.codec, *saved)
 
@@ -61,7 +61,7 @@ class Downlink:
 
     @property
     def versions(self) -> Sequence[bytes]:
-        """The versions that a node can be brought on from, oldest first, and the newest."""
+        """The versions from which a node can be updated, oldest first; the newest version is the last."""
         return () if self.broadcast is None else self.broadcast.versions
 
     @property
@@ -74,9 +74,9 @@ class Downlink:
     def parcels(
         self, sent: Mapping[int, NamedArrays], versions: Mapping[int, bytes]
     ) -> Iterator[tuple[int, Parcel, float]]:
-        """Yield each node's parcel, and the bits an ideal coder needs; `versions`: what nodes said they hold."""
-        snapshots: dict[int, Parcel] = {}  # nodes that are sent the same arrays share one
-        changes: dict[bytes | None, Parcel] = {}  # by the version that nodes hold
+        """Yield each node's parcel and the bits an ideal coder needs; `versions` are those that nodes hold."""
+        snapshots: dict[int, Parcel] = {}  # shared by nodes that are sent the same arrays
+        changes: dict[bytes | None, Parcel] = {}  # shared by nodes that hold the same version
         bits: dict[bytes, float] = {}  # by frame
         for node_id, arrays in sent.items():
             if self.broadcast is not None:

@@ -1,4 +1,4 @@
-"""Error feedback: FedAvg over coded updates, where what coding loses is sent later.
+"""Error feedback: FedAvg over coded updates; what compression loses is kept on the client and sent later.
 
 S. P. Karimireddy, Q. Rebjock, S. Stich and M. Jaggi, "Error Feedback Fixes SignSGD and other Gradient Compression
 Schemes", ICML 2019, https://arxiv.org/abs/1901.09847, algorithm 2.
@@ -6,8 +6,9 @@ Schemes", ICML 2019, https://arxiv.org/abs/1901.09847, algorithm 2.
 Deviations from the paper
 -------------------------
 The gradient is the update of local training, local − received, and the mean is weighted by the number of examples
-unless `weighted` is False. A client that does not take part keeps what it has not sent; one whose upload was lost
-sends it later, unless missing clients count with something else (`missing`): what was lost is gone then.
+unless `weighted` is False. A client that does not take part keeps its residual, which is what it has not sent yet.
+A client whose upload was lost sends it later, unless `missing` lets something else count for missing clients: then
+the lost upload is given up.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ HALF_A_BIT: Final = EntropyConstrained(0.5)  # per parameter
 
 
 class ErrorFeedback(UpdateStrategy[Any]):
-    """Any codec, with a memory of what it lost. Clients need `fedkit.clients.ErrorFeedbackMod`.
+    """Any codec, with error feedback: what it loses is sent later. Clients need `fedkit.clients.ErrorFeedbackMod`.
 
     Parameters
     ----------
     quantizer : Quantizer, optional
-        Half a bit per parameter if unset; None: float32, for a sparsifier alone.
+        Half a bit per parameter if unset; None: float32, for use with a sparsifier alone.
     sparsifier : Sparsifier, optional
         Chooses the entries that are sent.
     weighted : bool
-        Whether clients count by their number of examples.
+        Whether clients are weighted by their number of examples.
     gap : bool
-        Whether to report how far LoRA factors are from the mean of the products, as the metric ``lora-gap``
-        (`fedkit.aggregation.lora`).
+        Whether to report how far the product of the averaged LoRA factors is from the mean of the products, as the
+        metric ``lora-gap`` (`fedkit.aggregation.lora`).
     **options
-        As in `UpdateStrategy`, but the downlink has 1 bit per parameter if unset.
+        As in `UpdateStrategy`, but the downlink takes 1 bit per parameter if unset.
     """
 
     scheme: ClassVar[str] = "error-feedback"
@@ -63,5 +64,5 @@ class ErrorFeedback(UpdateStrategy[Any]):
         super().__init__(Mean(weighted, gap=gap), codec, **options)
 
     def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
-        """Return whether what is lost is gone, because others stand in for it; otherwise it is sent later."""
+        """Return whether a lost upload is given up because something stands in for it, or else sent later."""
         return {"stood-in": True} if self.missing.by != "drop" else {}

@@ -1,7 +1,7 @@
-"""A strategy's options from the run config: pairs as in Flower's own ``--run-config``, checked one by one.
+"""Reads a strategy's options from the run config: pairs as in Flower's own ``--run-config``, each one checked.
 
-``strategy-options = "rate=0.5 downlink-rate=1.0 missing='mifa'"``: an option of the constructor whose value is a
-number, a text or a truth value goes by its name, in kebab-case; `CODED` has names for what takes an object.
+``strategy-options = "rate=0.5 downlink-rate=1.0 missing='mifa'"``: an option of the constructor that takes a
+number, a string or a bool has its own name, in kebab-case. For options that take an object, `CODED` has the names.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from fedkit.row_masks import RowMask
 from .options import FedAvgOptions
 
 CODED: Final[Mapping[str, tuple[str, type, Callable[[Any], Any]]]] = {
-    "rate": ("quantizer", float, EntropyConstrained),  # bits per parameter, up
-    "min-bits": ("quantizer", int, ZeroMidTread),  # AQUILA's level, from so many bits up
+    "rate": ("quantizer", float, EntropyConstrained),  # bits per parameter, uplink
+    "min-bits": ("quantizer", int, ZeroMidTread),  # AQUILA's adaptive level, with at least so many bits
     "downlink-rate": ("downlink", float, lambda rate: Codec(EntropyConstrained(rate)) if rate else None),
     "top-k": ("sparsifier", float, TopK),  # share of the entries
     "active-rank": ("row_mask", int, lambda rank: RowMask(active_rank=rank)),
 }
-_ELSEWHERE: Final = {"checkpoint", "seed"}  # which the run config has keys of their own for
+_ELSEWHERE: Final = {"checkpoint", "seed"}  # the run config has keys of its own for these
 
 
 def read_options(text: str, make: Callable[..., Any], of: type[FedAvg]) -> dict[str, Any]:
-    """Return keyword arguments for `make`, which constructs an `of`.
+    """Return keyword arguments for `make`, which constructs a strategy of class `of`.
 
     Raises
     ------
     ConfigError
-        For text that is no list of pairs; for an unknown option, with the nearest known one; for a value of
-        another type than the option's.
+        If the text is not a list of pairs, an option is unknown (the message names the nearest known one), or a
+        value does not have the option's type.
     """
     types = _scalars(make, of)
     known = {name.replace("_", "-"): name for name in types}
@@ -65,7 +65,7 @@ def read_options(text: str, make: Callable[..., Any], of: type[FedAvg]) -> dict[
 
 
 def _scalars(make: Callable[..., Any], of: type[FedAvg]) -> dict[str, tuple[Any, ...]]:
-    """Return the options whose value may be a scalar: the types or texts that each may be."""
+    """Return the options whose value may be a scalar, with the types or strings that each accepts."""
     found: dict[str, tuple[Any, ...]] = {}
     hints: dict[str, Any] = dict(get_type_hints(FedAvgOptions))
     for function in [*_constructors(of), *([make.__func__] if inspect.ismethod(make) else [])]:
@@ -80,7 +80,7 @@ def _scalars(make: Callable[..., Any], of: type[FedAvg]) -> dict[str, tuple[Any,
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
-    """Return which scalar types, and which texts, a hint allows."""
+    """Return which scalar types, and which strings, a type hint allows."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     if hint in (bool, int, float, str):
@@ -90,7 +90,7 @@ def _kinds(hint: Any) -> tuple[Any, ...]:
 
 
 def _constructors(of: type[FedAvg]) -> list[Callable[..., None]]:
-    """Return those of a strategy and of what it is derived from, fedkit's own; the most special last."""
+    """Return the constructors of a strategy class and of its bases up to FedAvg, the most derived last."""
     return [cls.__init__ for cls in reversed(of.__mro__) if issubclass(cls, FedAvg) and cls is not FedAvg]
 
 

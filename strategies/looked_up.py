@@ -1,4 +1,4 @@
-"""Mappings whose values are worked out when they are looked at, for each is as large as the model."""
+"""Mappings whose values are computed on access, since each of them is as large as the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedkit.submodels import SubModel, embed
 
 
 class Owned(Mapping[str, NDArray[np.bool_]]):
-    """Which entries, flat, each name stands for, worked out when it is asked: clients may all have their own."""
+    """The entries that each part owns, flat, by name; computed on access, since every client may have its own."""
 
     def __init__(self, names: Set[str], entries: Callable[[str], Mask]) -> None:
         self._names = names
@@ -33,7 +33,7 @@ class Owned(Mapping[str, NDArray[np.bool_]]):
 
 
 class Embedded(Mapping[int, NamedArrays]):
-    """What nodes were sent, in the server's units."""
+    """The arrays that nodes were sent, with the server's shapes and units."""
 
     def __init__(self, cohort: Cohort, down: Mapping[str, SubModel], like: NamedArrays) -> None:
         self._cohort, self._down, self._like = cohort, down, like

@@ -1,4 +1,4 @@
-"""Finer levels as the loss falls: AdaQuantFL's rule.
+"""AdaQuantFL's rule: the quantizer gets more levels as the loss falls.
 
 D. Jhunjhunwala, A. Gadhikar, G. Joshi and Y. Eldar, "Adaptive Quantization of Model Updates for
 Communication-Efficient Federated Learning", ICASSP 2021, https://arxiv.org/abs/2102.04487.
@@ -6,14 +6,14 @@ Communication-Efficient Federated Learning", ICASSP 2021, https://arxiv.org/abs/
 ==========  =============================  ==============================
 paper       meaning                        here
 ==========  =============================  ==============================
-s_0, s_k    levels per sign                `start`, and as `bits`
+s_0, s_k    levels per sign                `start`; s_k in `bits`
 F(θ_k)      training loss in round k       the clients' metric `metric`
 ==========  =============================  ==============================
 
 Deviations from the paper
 -------------------------
-The level of a round comes from the loss of the round before, which came with its uploads. A grid of fedkit's has
-``2^b − 1`` levels: b bits hold the sign and at least s_k levels.
+The number of levels in a round follows from the loss of the round before, which is reported with its uploads. A
+grid of fedkit has ``2^b − 1`` levels: b bits hold the sign and at least s_k levels.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LossLevels:
             raise ConfigError(f"start: expected at least 1 level, got {self.start}.")
 
     def bits(self, first: float, now: float) -> int:
-        """Return the width that holds the levels, and a sign, for the loss at first and now.
+        """Return the number of bits for the levels and a sign, given the first and the present loss.
 
         >>> LossLevels(2).bits(2.3, 2.3), LossLevels(2).bits(2.3, 0.023)
         (3, 6)
@@ -50,7 +50,7 @@ class LossLevels:
         return min(1 + math.ceil(math.log2(levels + 1)), MAX_BITS)
 
     def codec(self, codec: Codec, first: float, now: float) -> Codec:
-        """Return the codec with as many bits; raises ConfigError if its quantizer is not QSGD's."""
+        """Return the codec with that number of bits; raises ConfigError if its quantizer is not `Qsgd`."""
         bits, quantizer = self.bits(first, now), codec.quantizer
         if not isinstance(quantizer, Qsgd):
             raise ConfigError(f"levels: expected the quantizer Qsgd, got {quantizer!r}.")

@@ -1,4 +1,4 @@
-"""MARINA: clients send quantized differences of successive updates, or, by chance, all send whole ones.
+"""MARINA: clients send quantized differences of successive updates; in random rounds, all send whole updates.
 
 Symbols, source and deviations: `fedkit.aggregation.differences`.
 """
@@ -33,18 +33,18 @@ ESTIMATE: Final = (
 
 
 class Marina(UpdateStrategy[Estimate]):
-    """Differences of updates, of all clients. They need `fedkit.clients.AquilaMod`.
+    """Differences of successive updates, from all clients. They need `fedkit.clients.AquilaMod`.
 
     Parameters
     ----------
     quantizer : Quantizer, optional
         Of the differences; unset: QSGD with 4 bits.
     whole : float
-        The chance, above 0 to 1, that all clients send whole updates, in float32, in a round.
+        The probability, above 0 to 1, that all clients send whole updates in a round, in float32.
     weighted : bool
-        Whether clients count by their number of examples.
+        Whether clients are weighted by their number of examples.
     step_size : float or callable
-        As of `Aquila`.
+        As in `Aquila`.
     **options
         As in `UpdateStrategy`; by default the downlink is dense.
 
@@ -54,7 +54,7 @@ class Marina(UpdateStrategy[Estimate]):
         For impossible values, and if not all clients take part in every round.
     """
 
-    scheme: ClassVar[str] = "aquila"  # whose mod does this, too
+    scheme: ClassVar[str] = "aquila"  # AquilaMod handles MARINA, too
     refused: ClassVar[Mapping[str, str]] = {**UpdateStrategy.refused, "row_mask": ROWS_MOVE, "missing": ESTIMATE}
     state_types: ClassVar[tuple[type, ...]] = (Estimate,)
 
@@ -77,20 +77,20 @@ class Marina(UpdateStrategy[Estimate]):
         self.whole = whole
 
     def recall(self, params: NamedArrays, saved: Tree | None) -> None:
-        """Go on; whoever has nothing in the estimate waits until all send whole updates."""
+        """Restore what `remember` returned; a client that is not in the estimate waits for whole updates."""
         super().recall(params, saved)
         self.registry.accepted = dict(self.state.digests)
 
     def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
-        """Return that updates are compared with those of the round before, and whether whole ones are sent."""
+        """Return that updates are compared with the previous round's, and whether whole ones are sent."""
         return {"reference": "previous", "whole": self._all_whole(self._cohort.server_round)}
 
     def coding(self, server_round: int) -> Codec:
-        """Return how uploads are coded; whole ones are not."""
+        """Return how uploads are coded; whole updates are sent in float32."""
         return Codec() if self._all_whole(server_round) else self.codec
 
     def check(self, node_id: int, report: Report) -> None:
-        """Refuse what came late, if it is a difference where others are whole, or the other way round."""
+        """Refuse a late upload if it is a difference while whole updates are wanted, or the other way round."""
         whole = self._all_whole(self._cohort.server_round)
         if not report.skipped and (report.base == GENESIS) != whole:
             raise ReplyError(
@@ -100,12 +100,12 @@ class Marina(UpdateStrategy[Estimate]):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the new arrays and metrics, and let wait whoever has nothing in the estimate."""
+        """Return the new arrays and metrics; a client that is not in the estimate has to wait."""
         result = super().aggregate_train(server_round, replies)
         self.registry.accepted = dict(self.state.digests)
         return result
 
     def _all_whole(self, server_round: int) -> bool:
-        """Return whether all clients are to send whole updates: by chance, and while there is no estimate."""
+        """Return whether all clients are to send whole updates: at random, and while there is no estimate."""
         chance = random.Random(f"{self.seed}/whole/{server_round}").random()
         return not self.registry.accepted or chance < self.whole

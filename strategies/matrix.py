@@ -1,7 +1,7 @@
-"""Which options go together, as a table: ``python -m fedkit.strategies.matrix``.
+"""Prints the tables of which options go together: ``python -m fedkit.strategies.matrix``.
 
-Nothing is written down here but the questions: each answer is whether the strategy can be constructed, and the
-reason is that of its error. `tests/strategies/test_matrix.py` keeps `strategies/README.md` in step.
+Only the combinations are listed here. Each answer is found by constructing the strategy, and each reason is the
+message of the error. `tests/strategies/test_matrix.py` checks that `strategies/README.md` has the same tables.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ RESTING: Final = "noise moves the rows that rest, too, and such an update is ref
 
 
 class Table:
-    """Rows of answers, and their reasons as numbered notes."""
+    """A Markdown table of answers, with the reasons as numbered notes below."""
 
     def __init__(self, *heads: str) -> None:
         self.lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
         self.notes: list[str] = []
 
     def row(self, title: str, reasons: list[str | None]) -> None:
-        """Add a row: of each cell, why not; None if it goes, empty if there is no such option."""
+        """Add a row, given the reason against each cell; None: it works; empty: there is no such option."""
         self.lines.append(f"| {title} | " + " | ".join(map(self._cell, reasons)) + " |")
 
     def _cell(self, reason: str | None) -> str:
@@ -76,8 +76,8 @@ class Table:
 
 
 def refusal(make: Callable[..., Asking], options: Mapping[str, Any]) -> str | None:
-    """Return why a strategy cannot be made with options; None if it can, empty if it knows no such option."""
-    dense = {} if "downlink" in options else {"downlink": None}  # a question of its own
+    """Return why a strategy refuses options; None if it takes them, empty if it has no such option."""
+    dense = {} if "downlink" in options else {"downlink": None}  # asked about in a row of its own
     try:
         make(**options, **dense)
     except ConfigError as error:
@@ -88,7 +88,7 @@ def refusal(make: Callable[..., Asking], options: Mapping[str, Any]) -> str | No
 
 
 def by_scheme() -> Table:
-    """Return each option against each strategy."""
+    """Return the table of options by strategies."""
     table = Table(*SCHEMES)
     for title, options in OPTIONS.items():
         table.row(title, [refusal(make, options) for make in SCHEMES.values()])
@@ -103,7 +103,7 @@ def by_scheme() -> Table:
 
 
 def by_option() -> Table:
-    """Return each option against each other, for `Plain`, or `ErrorFeedback` with a sparsifier."""
+    """Return the table of pairs of options, for `Plain`, or for `ErrorFeedback` where one is a sparsifier."""
     pairs = {title: options for title, options in OPTIONS.items() if "quantizer" not in options}
     table = Table(*list(pairs)[1:], "`LocalDpMod`")
     for row, options in list(pairs.items()):
@@ -117,7 +117,7 @@ def by_option() -> Table:
 
 
 def page() -> str:
-    """Return both tables, in Markdown."""
+    """Return both tables in Markdown."""
     pairs = "Two options at once, with `Plain` (a sparsifier: with `ErrorFeedback`):"
     return f"{by_scheme()}\n\n{pairs}\n\n{by_option()}"
 

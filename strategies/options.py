@@ -1,4 +1,4 @@
-"""The constructor options that every strategy shares with Flower's FedAvg, typed once."""
+"""The constructor options that every strategy shares with Flower's FedAvg, with their types."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FedAvgOptions(TypedDict, total=False):
 
 
 def check_names(of: type, names: Iterable[str]) -> None:
-    """Check that a strategy has options of these names; raises TypeError, with the nearest name."""
+    """Check that a strategy has options of these names; raises TypeError with the nearest known name."""
     constructors = [vars(base)["__init__"] for base in of.__mro__ if "__init__" in vars(base)]
     signatures = [inspect.signature(each).parameters.values() for each in constructors]
     known = {p.name for parameters in signatures for p in parameters if p.kind is not p.VAR_KEYWORD}

@@ -1,12 +1,12 @@
 """Which part of the server's arrays each node holds, is sent, and sends back.
 
-The parts have names, which nodes know from their own config, key ``submodel``, and say in every report; what a
-name stands for, the server alone knows (`Terms`). A node that names none has the name of its device's profile, if
-there is a part of that name, and else holds the whole.
+Each part has a name. A node finds the name of its part in its node config, under the key ``submodel``, and states
+it in every report; only the server knows what the name stands for (`Terms`). A node whose config names no part
+takes the part named like its device profile, if there is one; otherwise it holds the whole model.
 
-What LoRA clients share narrows the parts further (`LoraMode`): with "ffa" no upload holds a lora_A, with "fedsa"
-no message holds a lora_B (the array travels empty, for its number of rows). In each round a node may be asked for
-a few rows of LoRA factors alone (`Rows`).
+The LoRA mode narrows the parts further (`LoraMode`): with "ffa" no upload holds a lora_A, with "fedsa" no message
+holds a lora_B (an empty array is sent, which conveys its number of rows). In each round a node may be asked for
+only a few rows of the LoRA factors (`Rows`).
 """
 
 from __future__ import annotations
@@ -38,39 +38,39 @@ LoraMode: TypeAlias = Literal["factors", "ffa", "fedsa", "product", "product-upd
 "factors"
     Each factor on its own. The product of the means is not the mean of the products: `fedkit.aggregation.lora`.
 "ffa"
-    lora_A stays as it began, for ever: the mean of lora_B gives the mean of the products exactly. The app must not
+    lora_A keeps its initial values, so the mean of lora_B gives the mean of the products exactly. The app must not
     train lora_A (`fedkit.clients.adapters.freeze_lora_a`). Y. Sun, Z. Li, Y. Li and B. Ding, "Improving LoRA in
     Privacy-preserving Federated Learning", ICLR 2024, https://arxiv.org/abs/2403.12313.
 "fedsa"
     lora_A is averaged, and each client keeps a lora_B of its own. P. Guo, S. Zeng, Y. Wang, H. Fan, F. Wang and
     L. Qu, "Selective Aggregation for Low-Rank Adaptation in Federated Learning", ICLR 2025,
-    https://arxiv.org/abs/2410.01463. What the server holds as lora_B stays zero: only clients can evaluate.
+    https://arxiv.org/abs/2410.01463. The server's lora_B stays zero, so only clients can evaluate.
 "product"
-    The products are averaged, and brought back to factors (`fedkit.aggregation.product`).
+    The products BA are averaged, and factored again (`fedkit.aggregation.product`).
 "product-update"
-    Their changes are: a client of lower rank has no say in the components that it does not hold.
+    The changes of the products are averaged: a client does not affect components that it does not hold.
 """
 
 PRODUCTS: Final = ("product", "product-update")
-WHOLE: Final = ""  # the name of the part of a node that names none
+WHOLE: Final = ""  # the name of the whole model, as a part
 
 
 class Parts:
-    """The parts by name, and which node was sent which.
+    """The parts by name, and which of them each node was sent.
 
     Parameters
     ----------
     submodels : mapping of str to Cut, optional
-        What cuts out the part of each name, or its terms. None: every node holds the whole, whatever it says.
+        The cut or the terms of each named part. None: every node holds the whole, whatever it reports.
     lora : LoraMode
         How LoRA factors are averaged.
     row_mask : RowMask, optional
-        What of its part a node sends; None: all.
+        Which rows of its part a node sends; None: all.
 
     Raises
     ------
     ConfigError
-        If there is no such `lora`, or a sub-model has no name.
+        For an unknown `lora`, or a sub-model without a name.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class Parts:
             raise ConfigError("submodels: a sub-model needs a name; nodes that name none hold the whole.")
         cuts: Mapping[str, Cut] = {WHOLE: whole, **(submodels or {})}
         self.terms = {name: cut if isinstance(cut, Terms) else Terms(cut=cut) for name, cut in cuts.items()}
-        self.named = bool(submodels)  # whether it matters which name a node has
-        self.differ = any(terms.cut is not whole for terms in self.terms.values())  # and which part it holds
+        self.named = bool(submodels)  # whether the name that a node has matters
+        self.differ = any(terms.cut is not whole for terms in self.terms.values())  # whether parts differ
         self.lora = lora
         self.rows = Rows(row_mask)
         self.sent: dict[int, str] = {}  # the part that each node was sent last
         self._schema = b""
         self._like: NamedArrays = {}
-        self._down: dict[str, SubModel] = {}  # what is sent, and what comes back
+        self._down: dict[str, SubModel] = {}  # what is sent to nodes; `_up`: what they send back
         self._up: dict[str, SubModel] = {}
         self._owned: dict[str, NDArray[np.bool_]] = {}
 
@@ -100,20 +100,20 @@ class Parts:
 
     @property
     def by_client(self) -> bool:
-        """Whether it matters, before a node is asked, which client it is."""
+        """Whether the server must know which client a node is before it asks that node."""
         return self.named or self.rows.by_client
 
     def name_of(self, report: Report) -> str:
-        """Return the name of a node's part, by its report: of its config, or of its profile if there are terms."""
+        """Return the name of a node's part, by its report: from its config, else its profile if that has terms."""
         profile = str(report.options.get(PROFILE, WHOLE))
         return str(report.options.get(SUBMODEL, profile if profile in self.terms else WHOLE))
 
     def told(self, node_id: int) -> Terms:
-        """Return the terms of what a node was sent last."""
+        """Return the terms of the part that a node was sent last."""
         return self.terms[self.sent.get(node_id, WHOLE)]
 
     def prepare(self, params: NamedArrays) -> None:
-        """Cut the parts of arrays with these names and shapes; raises ConfigError if one cannot be cut."""
+        """Compute the parts for arrays of these names and shapes; raises ConfigError if one cannot be cut."""
         if self.trivial or schema_digest(params) == self._schema:
             return
         self._like = {name: np.broadcast_to(np.float32(0), array.shape) for name, array in params.items()}
@@ -131,7 +131,7 @@ class Parts:
         return self.named and said.get(node_id) not in self.terms
 
     def names(self, node_ids: Iterable[int], said: Mapping[int, str]) -> list[int]:
-        """Return the nodes of which `said` has the name of a part; log the others."""
+        """Return the nodes that reported, in `said`, the name of a known part; log the others."""
         if not self.named:
             return list(node_ids)
         known, names = [], ", ".join(map(repr, self.terms))
@@ -153,7 +153,7 @@ class Parts:
     def distribute(
         self, params: NamedArrays, node_ids: Sequence[int], said: Mapping[int, str]
     ) -> Mapping[int, NamedArrays]:
-        """Return what each node is sent; nodes of the same part share it."""
+        """Return what each node is sent; nodes with the same part share one object."""
         if self.trivial:
             return dict.fromkeys(node_ids, params)
         self.prepare(params)
@@ -165,11 +165,11 @@ class Parts:
         return {node_id: slices[name] for node_id, name in named.items()}
 
     def uploaded(self, params: NamedArrays, node_id: int) -> NamedArrays:
-        """Return those of the arrays that a node sends updates of, in its own units."""
+        """Return the entries that a node sends updates of, in the node's own units."""
         return params if self.trivial else take(params, self._up[self.sent[node_id]])
 
     def cohort(self, cohort: Cohort) -> Cohort:
-        """Return the cohort with the parts of its nodes."""
+        """Return the cohort with the names and entries of its nodes' parts."""
         if self.trivial:
             return cohort
         return replace(
@@ -177,14 +177,14 @@ class Parts:
         )
 
     def check(self, node_id: int, report: Report) -> None:
-        """Raise ReplyError for a reply about another part than its node was sent, or other rows."""
+        """Raise ReplyError for a reply about another part, or other rows, than the node was sent."""
         sent, said = self.sent.get(node_id, WHOLE), str(report.options.get(SUBMODEL, WHOLE))
         if self.named and sent != said:
             raise ReplyError(f"it was sent sub-model {sent!r} and says that it holds {said!r}.")
         self.rows.check(node_id, report)
 
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
-        """Return arrays with the names and shapes of an upload, whose report was checked."""
+        """Return arrays with the names and shapes of an upload, given its report, which was checked."""
         if self.trivial:
             return sent
         name = str(report.options.get(SUBMODEL, WHOLE)) if self.named else WHOLE
@@ -197,7 +197,7 @@ class Parts:
         return num_values(part if self.rows.mask is None else take(part, self.rows.mask.draw().submodel(part)))
 
     def embedded(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
-        """Yield uploads in the server's units, zero where their clients hold nothing."""
+        """Yield uploads with the server's shapes and units, zero where their clients hold nothing."""
         for upload in uploads:
             if upload.arrays is not None and not self.trivial:
                 name, like = self.rows.key(upload.submodel, upload.node_id), self._like
@@ -208,9 +208,9 @@ class Parts:
                 yield upload
 
     def whole(self, cohort: Cohort) -> Cohort:
-        """Return the cohort with all that was sent in the server's units, embedded when it is looked at.
+        """Return the cohort with what was sent in the server's shapes and units, embedded on access.
 
-        What an upload owns is then what was sent of it.
+        With a row mask, the entries that a node owns are those that it sends.
         """
         if not self.trivial:
             cohort = replace(cohort, sent=Embedded(cohort, self._down, self._like))
@@ -220,13 +220,13 @@ class Parts:
         return replace(cohort, owned=Owned(keys, lambda key: owned(self._of(key), like=self._like)))
 
     def _of(self, key: str) -> SubModel:
-        """Return what an upload holds, by the name of its part and its draw of rows."""
+        """Return the entries that an upload holds, given its key: the part's name and the draw of rows."""
         name, draw = self.rows.parse(key)
         up = self._up[name]
         return up if draw is None else within(up, draw.submodel(shapes(up, like=self._like)))
 
     def _check_factors(self, params: NamedArrays) -> list[str]:
-        """Return the LoRA factors that no client sends; ConfigError if they cannot be left out."""
+        """Return the LoRA factors that no client sends; raises ConfigError if the arrays do not fit the option."""
         what = "row_mask" if self.rows.mask else f"lora: {self.lora!r}" if self.lora in ("ffa", "fedsa") else ""
         factor = "lora_B" if self.lora == "fedsa" else "lora_A"
         names = [name for name in params if is_factor(name, factor)]

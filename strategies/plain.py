@@ -1,7 +1,7 @@
-"""FedAvg over coded updates, with nothing remembered between rounds on either side; QSGD and AdaQuantFL are forms.
+"""FedAvg over coded updates; neither side remembers anything between rounds. QSGD and AdaQuantFL are forms of it.
 
-Clients send the update itself, quantized: what coding loses is lost. It goes with everything that changes what
-arrays mean from round to round, as averaging the products of LoRA factors does.
+Clients send the update itself, quantized; what the quantizer loses is not sent later. So it combines with options
+that change what the arrays mean from round to round, such as averaging the products of LoRA factors.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from .parts import PRODUCTS, LoraMode
 
 
 class Plain(UpdateStrategy[Any]):
-    """Coded updates and their mean. Clients need `fedkit.clients.AquilaMod`.
+    """FedAvg over coded updates. Clients need `fedkit.clients.AquilaMod`.
 
     Parameters
     ----------
     quantizer : Quantizer, optional
         Of the updates; None: float32.
     weighted : bool
-        Whether clients count by their number of examples.
+        Whether clients are weighted by their number of examples.
     step_size : float or callable
-        As of `Aquila`.
+        As in `Aquila`.
     levels : LossLevels, optional
         Makes the quantizer finer as the clients' loss falls.
     lora : {"factors", "ffa", "fedsa", "product", "product-update"}
-        How LoRA factors are averaged; the products need ``downlink=None``.
+        How LoRA factors are averaged; "product" and "product-update" need ``downlink=None``.
     gap : bool
-        Whether to report how far LoRA factors are from the mean of the products, as the metric ``lora-gap``; of
-        the products it always is.
+        Whether to report how far the product of the averaged LoRA factors is from the mean of the products, as the
+        metric ``lora-gap``. With "product" and "product-update" it is always reported.
     **options
         As in `UpdateStrategy`.
 
     Raises
     ------
     ConfigError
-        For impossible values, and combinations.
+        For impossible values and combinations.
     """
 
-    scheme: ClassVar[str] = "aquila"  # whose mod does this, too
+    scheme: ClassVar[str] = "aquila"  # AquilaMod handles these updates, too
     refused: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
@@ -77,7 +77,7 @@ class Plain(UpdateStrategy[Any]):
         )
         super().__init__(aggregator, Codec(quantizer), lora=lora, step_size=step_size, **options)
         self.levels = levels
-        self._losses: list[float] = []  # the first round's, and the last's
+        self._losses: list[float] = []  # of the first and of the latest round
         self.coding(1)
 
     @classmethod
@@ -87,20 +87,20 @@ class Plain(UpdateStrategy[Any]):
 
     @classmethod
     def adaquantfl(cls, start: float = 2.0, **options: Any) -> Self:
-        """Return AdaQuantFL: QSGD whose levels, `start` at first, grow as the loss falls."""
+        """Return AdaQuantFL: QSGD with `start` levels at first, and more as the loss falls."""
         return cls.qsgd(**{"levels": LossLevels(start), **options})
 
     def remember(self) -> Tree:
-        """Return what the levels depend on, and what is known of missing clients."""
+        """Return the losses that the levels depend on, and what the aggregator remembers."""
         return {"losses": self._losses, "aggregation": super().remember()}
 
     def recall(self, params: NamedArrays, saved: Tree | None) -> None:
-        """Go on with the levels of then."""
+        """Restore what `remember` returned, so that the levels are those of that time."""
         super().recall(params, saved and saved["aggregation"])
         self._losses = saved["losses"] if saved else []
 
     def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
-        """Return that updates are sent as they are."""
+        """Return that updates are sent themselves, not compared with anything."""
         return {"reference": "nothing"}
 
     def coding(self, server_round: int) -> Codec:
@@ -110,7 +110,7 @@ class Plain(UpdateStrategy[Any]):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the new arrays and metrics, and forget what was sent."""
+        """Return the new arrays and metrics, and forget the digests of what was sent."""
         arrays, metrics = super().aggregate_train(server_round, replies)
         self.registry.accepted.clear()
         loss = metrics.get(self.levels.metric) if self.levels and metrics else None

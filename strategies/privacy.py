@@ -1,21 +1,22 @@
-"""Flower's differential privacy, and secure aggregation: what goes with coded updates, and why the rest does not.
+"""Flower's differential privacy and secure aggregation: what works with coded updates, and why the rest does not.
 
-``mods=[AquilaMod(), LocalDpMod(...)]``, fedkit's mod first, so that it is outside: `LocalDpMod` clips the app's
-update and adds noise, and all that fedkit sends is made of the result. Quantizing, masks, innovations, error
-feedback's residual and the choice to be silent then are post-processing: they cost no privacy, provided that
+Write ``mods=[AquilaMod(), LocalDpMod(...)]``, with fedkit's mod first, so that it is the outer one. `LocalDpMod`
+clips the app's update and adds noise, and everything that fedkit sends is computed from the result. Quantization,
+masks, innovations, the residual of error feedback and skipping are then post-processing, which costs no privacy.
+This holds under these conditions:
 
-- noise is added in *every* round in which the app trains, and every such round is counted in the composition, also
-  one whose upload was skipped or lost: what it holds may travel later, in the residual or in an innovation;
-- the app itself keeps nothing between rounds that is sent later without passing the mod;
-- metrics are not private, as with Flower's own strategies: ``num-examples`` and losses travel as the app reports
-  them, and `LossLevels` and the weights make use of them.
+- Noise is added in *every* round in which the app trains, and every such round counts in the composition, even if
+  its upload was skipped or lost: what it holds may be sent later, in the residual or in an innovation.
+- The app itself keeps nothing between rounds that is sent later without passing the mod.
+- Metrics are not private, as with Flower's own strategies: ``num-examples`` and losses are sent as the app reports
+  them, and `LossLevels` and the weights use them.
 
-Outside of fedkit's mod it would be given frames, which are no numbers to add noise to: it answers with an error.
+As the outer mod, `LocalDpMod` would be given frames, to which noise cannot be added: it answers with an error.
 
-Noise that the *server* adds is matched to how far one client can move the mean, ``clipping_norm / n`` if each of n
-clients counts alike. That holds for float32 uploads and their plain mean alone. A quantizer may make an update
-longer than it was; error feedback sends what is left of several rounds at once; surrogates count one client's
-twice; TAC's clusters are means of few.
+Noise that the *server* adds is matched to how far one client can move the mean: ``clipping_norm / n`` if all n
+clients have the same weight. That holds only for float32 uploads and their plain mean. A quantizer may make an
+update longer than it was; error feedback sends what is left of several rounds at once; surrogates count the update
+of one client twice; the clusters of TAC are means over few clients.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fedkit.errors import ConfigError
 if TYPE_CHECKING:
     from .asking import Asking
 
-CLIPPING_NORM: Final = "clipping_norm"  # Flower's key, by which the wrappers for clipping by clients can be told
+CLIPPING_NORM: Final = "clipping_norm"  # Flower's key: marks its wrappers with client-side clipping
 LOCAL: Final = "Use LocalDpMod inside fedkit's mod instead."
 FRAMES: Final = f"what is around it would be given frames, and must clip arrays. {LOCAL}"
 LONGER: Final = (
@@ -43,7 +44,7 @@ SECURE: Final = (
 
 
 def check_wrapped(strategy: Asking, config: ConfigRecord) -> None:
-    """Check that a strategy that another one drives, as Flower's differential privacy does, can be driven so.
+    """Check that a strategy inside a wrapper, such as Flower's for differential privacy, can be wrapped so.
 
     Raises
     ------
@@ -59,7 +60,7 @@ def check_wrapped(strategy: Asking, config: ConfigRecord) -> None:
 
 
 def bounded(strategy: Asking) -> bool:
-    """Return whether no client can move the mean further than its update is long, over how many there are."""
+    """Return whether a client can move the mean by at most the norm of its update over the number of clients."""
     aggregator = getattr(strategy, "aggregator", None)
     plain = type(aggregator) is Mean and not aggregator.weighted and aggregator.step_size == 1.0
     coded = strategy.codec.quantizer or strategy.codec.sparsifier
@@ -67,5 +68,5 @@ def bounded(strategy: Asking) -> bool:
 
 
 def refuse_secure_aggregation(*_: Any, **__: Any) -> NoReturn:
-    """Raise ConfigError: Flower's SecAgg+ begins by calling this method of the older strategies."""
+    """Raise ConfigError; installed as the method that Flower's SecAgg+ calls first on older strategies."""
     raise ConfigError(f"secure aggregation: {SECURE}")

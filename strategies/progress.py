@@ -1,4 +1,4 @@
-"""How far a run has come, and its checkpoint: saved after each round, taken up by the next `start`."""
+"""The progress of a run and its checkpoint, which is saved after each round and resumed by the next `start`."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ P = ParamSpec("P")
 R = TypeVar("R")
 S = TypeVar("S", bound="UpdateStrategy[Any]")
 
-LOCK: Final = "lock"  # the file that a server holds as long as it runs
-_KINDS: Final = ("train", "evaluate", "server")  # metrics: the clients' two, and those of `evaluate_fn`
+LOCK: Final = "lock"  # the file that a server holds while it runs
+_KINDS: Final = ("train", "evaluate", "server")  # of metrics: two from clients; "server": from `evaluate_fn`
 
 
 class Progress:
-    """What a run has come to: its id, its rounds, their metrics.
+    """The id of a run, its number of rounds so far, and their metrics.
 
     Parameters
     ----------
     folder : Path, optional
-        Where it is saved; None: nowhere.
+        Where the run is saved; None: nowhere.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -51,7 +51,7 @@ class Progress:
         self.begin()
 
     def begin(self) -> None:
-        """Begin another run: clients must not go on with what they remember of a former one."""
+        """Start a new run: clients must not continue with what they remember of a former one."""
         self.experiment = secrets.token_hex(8)
         self.before = 0  # rounds that were run before this `start`; Flower counts from 1 again
         self.server_round = 0  # the last one that was saved
@@ -64,7 +64,7 @@ class Progress:
         Raises
         ------
         ConfigError
-            If another server is at it.
+            If another server is using it.
         """
         if self.folder is None:
             yield
@@ -79,7 +79,7 @@ class Progress:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(
-                    f"the checkpoint in {self.folder}: another server is at it. Wait for it, end it, or choose "
+                    f"the checkpoint in {self.folder}: another server is using it. Wait for it, end it, or choose "
                     "another folder."
                 ) from None
             yield
@@ -92,7 +92,7 @@ class Progress:
     def save(
         self, strategy: UpdateStrategy[Any], server_round: int, params: NamedArrays, metrics: MetricRecord | None
     ) -> None:
-        """Save everything after a round; raises StateError."""
+        """Save the whole run after a round; raises StateError if that fails."""
         self.note("server", server_round, metrics)
         self.server_round = server_round
         if self.folder is None:
@@ -114,14 +114,14 @@ class Progress:
         checkpoint.save(self.folder, tree)
 
     def resume(self, strategy: UpdateStrategy[Any], params: NamedArrays, ledger: Ledger) -> NamedArrays | None:
-        """Take up the run in the folder; return its arrays, None if there is none, and a new run begins.
+        """Resume the run in the folder and return its arrays; None if there is no run: a new one begins.
 
         Raises
         ------
         StateError
             If the checkpoint cannot be read.
         ConfigError
-            If it is of another strategy, or of other arrays.
+            If it belongs to another strategy or to other arrays.
         """
         saved = None if self.folder is None else checkpoint.load(self.folder, *strategy.state_types)
         if saved is None or self.folder is None:
@@ -154,7 +154,7 @@ class Progress:
         return found
 
     def complete(self, result: Result, params: ArrayRecord) -> Result:
-        """Return Flower's result with the rounds of the whole run; `params` if no round was left."""
+        """Return Flower's result with the metrics of the whole run, and with `params` if no round was left."""
         shown: Mapping[str, dict[int, MetricRecord]] = {
             "train": result.train_metrics_clientapp,
             "evaluate": result.evaluate_metrics_clientapp,

@@ -1,4 +1,4 @@
-"""What the server knows of its nodes: which client each is, and what of its uploads was accepted."""
+"""What the server knows of its nodes: which client each one is, and which of its uploads were accepted."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ logger = logging.getLogger(__name__)
 
 
 class Registry:
-    """Which node is which client, and the digest of what was accepted from each.
+    """Maps nodes to clients, and clients to the digest of what was accepted from them.
 
     Parameters
     ----------
     name_of : callable
-        Returns the name of the part of the model that a node holds, by its report.
+        Returns the name of the part of the model that a node holds, given its report.
     """
 
     def __init__(self, name_of: Callable[[Report], str]) -> None:
         self._name_of = name_of
         self.accepted: dict[str, bytes] = {}  # by client id
-        self.told: dict[int, bytes] = {}  # what was accepted from its client, as a node was told last
+        self.told: dict[int, bytes] = {}  # the digest that each node was told last; by node id
         self.versions: dict[int, bytes] = {}  # of the arrays that a node said it holds; by node id
         self.submodels: dict[int, str] = {}  # the part of the model that a node said it holds; by node id
-        self.alive: Collection[int] = ()  # the nodes that are connected, and owe no answer
-        self._before: dict[str, bytes] = {}  # what clients held when the run was saved that is resumed
-        self._history: Sequence[bytes] = ()  # the versions of then, oldest first
+        self.alive: Collection[int] = ()  # the nodes that are connected and owe no answer
+        self._before: dict[str, bytes] = {}  # in a resumed run: what clients held at the checkpoint
+        self._history: Sequence[bytes] = ()  # the versions at the checkpoint, oldest first
         self._client_ids: dict[int, str] = {}  # by node id; known once a node has answered
-        self._node_ids: dict[str, int] = {}  # the other way round, of the node that answered last
+        self._node_ids: dict[str, int] = {}  # by client id; the node that answered last as this client
 
     def held(self) -> dict[str, bytes]:
-        """Return the version that each client said it holds, by client id."""
+        """Return the version that each client reported to hold, by client id."""
         now = {name: self.versions[node] for name, node in self._node_ids.items() if node in self.versions}
         return self._before | now
 
     def recall(self, held: Mapping[str, bytes], history: Sequence[bytes]) -> None:
-        """Go on from what `held` returned; `history`: the versions of that time, oldest first."""
+        """Restore what `held` returned; `history` has the versions of that time, oldest first."""
         self._before, self._history = dict(held), history
 
     def order(self, node_id: int) -> tuple[str, int]:
-        """Return a sort key: by client, since node ids are random."""
+        """Return a sort key that begins with the client id, since node ids are random."""
         return self._client_ids.get(node_id, ""), node_id
 
     def accepted_from(self, node_id: int) -> bytes:
-        """Return the digest that this node must be told."""
+        """Return the digest of what was accepted from this node's client."""
         return self.accepted.get(self._client_ids.get(node_id, ""), GENESIS)
 
     def read(self, reply: Message, asked: Collection[int], now: Collection[int]) -> Report:
@@ -69,7 +69,8 @@ class Registry:
         Raises
         ------
         ReplyError
-            If the node was not asked, is not the client it says, or adds to a history unknown here.
+            If the node was not asked, reports a client id that another node of the round has, or adds to a history
+            that the server does not have.
         """
         node_id, report = reply.metadata.src_node_id, self.read_version(reply)
         if node_id not in asked:
@@ -81,9 +82,9 @@ class Registry:
         return report
 
     def _check_name(self, node_id: int, client_id: str, asked: Collection[int] = ()) -> None:
-        """Raise ReplyError if a node takes another name than it had, or that of a node that is alive or was asked.
+        """Raise ReplyError if a node changes its client id, or uses that of a node that is alive or was asked.
 
-        A SuperNode that was killed and starts again is another node, and the first to come back under its name.
+        A SuperNode that was killed and restarted may have a new node id; it takes over its client's id.
         """
         known, owner = self._client_ids.get(node_id, client_id), self._node_ids.get(client_id)
         if known != client_id:
@@ -92,12 +93,12 @@ class Registry:
             raise ReplyError(f"another node is client {client_id!r} already.")
 
     def read_version(self, reply: Message) -> Report:
-        """Return the report of a reply, and take note of what its node holds: nothing, if it is an error.
+        """Return the report of a reply, and note what its node holds; after an error, nothing is known of it.
 
         Raises
         ------
         ReplyError
-            If it is an error, or holds no report.
+            If the reply is an error, or has no report.
         """
         node_id = reply.metadata.src_node_id
         self.versions.pop(node_id, None)
@@ -109,7 +110,7 @@ class Registry:
         return report
 
     def readable(self, replies: Iterable[Message], weight_key: str) -> list[RecordDict]:
-        """Return the contents of an evaluation's replies; log those that cannot be used."""
+        """Return the contents of the evaluation replies that can be used; log the others."""
         contents = []
         for reply in replies:
             try:
@@ -125,14 +126,14 @@ class Registry:
         return node_id in self._client_ids
 
     def absent(self, node_ids: Collection[int]) -> list[str]:
-        """Return the clients that are known, and are none of these nodes."""
+        """Return the known clients that are not at any of these nodes."""
         return sorted({*self.accepted, *self._node_ids} - set(self.names(node_ids).values()))
 
     def introduce(self, reply: Message) -> None:
-        """Take note of which client a node is, and of what it holds; raises ReplyError as `read_version`.
+        """Note which client a node is, and what it holds; raises ReplyError as `read_version` does.
 
-        Of a run that is resumed, what it held when the run was saved: what came later, and was not saved, is sent
-        again, so that a resumed run sends what it would have sent without the interruption.
+        In a resumed run, the node counts as holding what it held at the checkpoint. What it received after that is
+        sent again, so that a resumed run sends what it would have sent without the interruption.
         """
         report, node_id = self.read_version(reply), reply.metadata.src_node_id
         history, name = self._history, report.client_id
@@ -149,11 +150,11 @@ class Registry:
         self._node_ids[client_id] = node_id
 
     def names(self, node_ids: Collection[int]) -> dict[int, str]:
-        """Return the clients of those nodes that have answered once."""
+        """Return the client ids of those nodes that have answered at least once."""
         return {node_id: self._client_ids[node_id] for node_id in node_ids if node_id in self._client_ids}
 
     def accept(self, node_id: int, report: Report, frame: bytes) -> bytes:
-        """Take note that an upload, or a skip, was accepted; return the digest of all that its client has sent."""
+        """Note that an upload or a skip was accepted; return the digest of all uploads of its client."""
         self._meet(node_id, report.client_id)
         if report.skipped:
             return report.base

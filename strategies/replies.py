@@ -1,4 +1,4 @@
-"""Judging replies one by one: who sent it, what it adds to, what it weighs."""
+"""Checking replies one by one: who sent it, which history it adds to, and its weight."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .registry import Registry
 
 logger = logging.getLogger(__name__)
 
-MAX_NORM: Final = 1e18  # the square of more would not fit a float32
+MAX_NORM: Final = 1e18  # the square of a larger norm would not fit a float32
 
 
 class Judged(NamedTuple):
@@ -39,17 +39,17 @@ class Judged(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Inbox:
-    """Judges the replies of one round, one by one: a bad one is logged, counted, and treated as missing."""
+    """Checks the replies of one round, one by one; a bad reply is logged, counted, and treated as missing."""
 
     registry: Registry
     ledger: Ledger
     cohort: Cohort
-    asked: Collection[int]  # the nodes of this round; of others of the cohort a reply may come late
-    weight_key: str  # the metric that a reply weighs by
+    asked: Collection[int]  # the nodes of this round; the cohort also has nodes whose reply may come late
+    weight_key: str  # the metric that is the weight of a reply
     heard: set[str] = field(default_factory=set)  # the clients whose reply can be used
 
     def judge(self, replies: Iterable[Message], *checks: Callable[[int, Report], None]) -> list[Judged]:
-        """Return the replies that can be used, by client id; refuse the others, and those that a check refuses."""
+        """Return the usable replies, sorted by client id; refuse the others, also those that fail a check."""
         judged: dict[str, Judged] = {}
         for reply in replies:
             try:
@@ -72,7 +72,7 @@ class Inbox:
         expected: Callable[[NamedArrays, Report], NamedArrays],
         contents: list[RecordDict],
     ) -> Iterator[Upload]:
-        """Yield the uploads, decoded one at a time, and collect the contents of those that were accepted.
+        """Yield the uploads, decoded one at a time, and append the contents of accepted ones to `contents`.
 
         `expected` returns arrays with the names and shapes of an upload, given what was sent and the report.
         """
@@ -117,14 +117,14 @@ class Inbox:
         self.ledger.miss(self.cohort.server_round, sorted(missing), stand_ins)
 
     def _refuse(self, node_id: int, error: Exception, *, counted: bool = False) -> None:
-        if not counted:  # an error reply was counted, and logged, by the grid
+        if not counted:  # the grid has counted and logged error replies
             self.ledger.refuse(self.cohort.server_round, node_id, str(error))
             logger.warning("round %d, node %d: reply refused: %s", self.cohort.server_round, node_id, error)
             self.ledger.judge(self.cohort.server_round, node_id, "rejected")
 
 
 def check_norm(values: NDArray[np.float32]) -> None:
-    """Raise ReplyError for an upload so long that the new parameters might not be finite."""
+    """Raise ReplyError for an upload whose norm is so large that the new parameters might not be finite."""
     with np.errstate(over="ignore"):
         energy = float(values @ values)
     if not energy < MAX_NORM**2:

@@ -1,4 +1,4 @@
-"""SAFARI: clients train and send sparse updates; who does not answer is replaced by its most similar client.
+"""SAFARI: clients send sparse updates; the most similar client stands in for one that does not answer.
 
 Symbols, source and deviations: `fedkit.aggregation.compensate` (the server's rules),
 `fedkit.aggregation.missing` (the choices) and `fedkit.clients.safari` (the masks).
@@ -31,27 +31,26 @@ class Safari(UpdateStrategy[Any]):
     Parameters
     ----------
     density : float
-        Share of each matrix that a client keeps, above 0 to 1.
+        Share of the entries of each matrix that a client's mask keeps, above 0 to 1; only these are sent.
     masks : {"own", "drawn"}
-        Whose entries are kept: those of a mask that each client has and moves, as published, which travels along;
-        or others in each upload, drawn by both sides, so that only a seed travels. Of a fifth of the entries, the
-        mask takes 0.72 bits for each of all.
+        "own", as published: each client has a mask, moves it from round to round and sends it with every upload.
+        "drawn": both sides draw a new mask for each upload, so that only a seed is sent. A mask that keeps a fifth
+        of the entries takes 0.72 bits for each of all entries.
     rewire : float
-        Share of the kept entries that a client moves in a round, 0 to 1. At 0.5, the default, every entry soon
-        has its turn, while those that matter most stay: worth 4 points on CIFAR-10 against 1, at which all that
-        is sent in a round rests in the next (``benchmarks/README.md``).
+        Share of the kept entries that a client replaces by others in a round, 0 to 1. At 0.5, the default, every
+        entry soon has its turn, while those that matter most stay. That is worth 4 points on CIFAR-10 against 1,
+        at which all that is sent in one round is left out in the next (``benchmarks/README.md``).
     anneal : bool
-        Whether to rewire less from round to round, by a cosine down to nothing in the last, as published.
+        Whether to rewire less from round to round, as published: by a cosine that reaches 0 in the last round.
     missing : {"safari", "mifa", "reweight", "drop"} or Missing
-        What missing clients count with; `Missing` has the choices of SAFARI's family: similarity, surrogate,
-        warm-up.
+        How missing clients count. A `Missing` also sets the options of "safari": similarity, surrogate, warm-up.
     sparse_model : bool
-        Whether clients start from a sparse model, as published, or from the whole one, of which they update
-        a sparse part.
+        True, as published: clients start from a sparse model. False: they start from the whole model and update
+        a sparse part of it.
     quantizer : Quantizer
         Of the values sent; None: float32.
     weighted : bool
-        Whether clients count by their number of examples.
+        Whether clients are weighted by their number of examples.
     **options
         As in `UpdateStrategy`.
     """
@@ -94,7 +93,7 @@ class Safari(UpdateStrategy[Any]):
 
     @classmethod
     def published(cls, **options: Any) -> Self:
-        """Return SAFARI as far as it is known: sparse models, l2 similarity, no warm-up, unweighted."""
+        """Return SAFARI as published, as far as known: sparse models, l2 similarity, no warm-up, unweighted."""
         return cls(
             rewire=0.05,
             anneal=True,
@@ -104,7 +103,7 @@ class Safari(UpdateStrategy[Any]):
         )
 
     def options(self, params: NamedArrays, part: Part) -> Mapping[str, Scalar]:
-        """Return the density, and the share to rewire this round: ``rewire/2 (1 + cos(π t/T))`` if it anneals."""
+        """Return the density and the share to rewire in this round: ``rewire/2 (1 + cos(π t/T))`` if annealed."""
         progress = self._cohort.server_round / self.num_rounds if self.anneal else 0.0
         return {
             "density": self.density,

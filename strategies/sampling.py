@@ -1,4 +1,4 @@
-"""Which nodes take part in a round."""
+"""Waiting for nodes, and choosing those that take part in a round."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ def wait_for_nodes(
     timeout: float,
     missing: Callable[[Sequence[int]], Sequence[str]],
 ) -> list[int]:
-    """Return the connected nodes, once there are enough of them; but do not wait for ever.
+    """Return the connected nodes as soon as there are enough of them.
 
     Parameters
     ----------
     wanted
         How many should be connected in the first round.
     enough
-        How many must be in a later one, and in the first one when time is up.
+        How many must be connected in a later round, and in the first one once the time is up.
     at_least
-        How many of them must be ready, see `RoundGrid.ready`.
+        How many of them must be ready: see `RoundGrid.ready`.
     training
-        Whether it is for training, so that answers that came late count as ready.
+        Whether the round is for training; if so, nodes whose reply came late count as ready.
     timeout
-        Seconds to wait.
+        Seconds to wait at most.
     missing
-        Returns the clients that are known and have none of these nodes.
+        Returns the known clients that are not at any of these nodes.
 
     Raises
     ------
     QuorumError
-        If there are too few nodes after `timeout`, naming the clients that are missing.
+        If there are too few nodes after `timeout`; the message names the clients that are missing.
     """
     deadline = grid.clock.monotonic() + timeout
     while True:
@@ -60,6 +60,6 @@ def wait_for_nodes(
 
 
 def choose(node_ids: Sequence[int], size: int, seed: str) -> list[int]:
-    """Return `size` of the nodes, or all, in their order; the same choice for the same order and seed."""
+    """Return `size` of the nodes, or all if there are fewer, in their order; order and seed decide which."""
     chosen = set(random.Random(seed).sample(node_ids, min(size, len(node_ids))))
     return [node_id for node_id in node_ids if node_id in chosen]

@@ -1,4 +1,4 @@
-"""The parts of nodes that hold several adapters: in each slot the same part, cut out as if the slot were alone."""
+"""Parts for nodes with several adapters: every slot has the same part, cut out as if it were the only slot."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from .parts import LoraMode, Parts
 
 
 class SlotParts(Parts):
-    """The parts by name, of one adapter, and the adapters of which each node was sent its part.
+    """The parts of one adapter, by name, and the whole adapters from which each node's parts were cut.
 
-    To the server an adapter of a lower rank is the whole adapter that its client was sent, of which the client
-    moved its part: so adapters differ by what clients did, not by what they hold.
+    For the server, an adapter of a lower rank counts as the whole adapter that its client was sent, in which the
+    client changed only its part. So adapters differ by what clients did, not by what they hold.
     """
 
     def __init__(
         self, submodels: Mapping[str, Cut] | None, lora: LoraMode, row_mask: RowMask | None = None
     ) -> None:
         super().__init__(submodels, lora, row_mask)
-        self._whole: dict[int, Sequence[NamedArrays]] = {}  # what nodes were sent last, before it was cut
+        self._whole: dict[int, Sequence[NamedArrays]] = {}  # the adapters nodes were sent last, before the cut
 
     def prepare(self, params: NamedArrays) -> None:
-        """Cut the parts of one adapter; `params` have one per cluster, or are one."""
+        """Compute the parts of one adapter; `params` hold one adapter per cluster, or are a single one."""
         super().prepare(split_clusters(params)[0])
 
     def distribute_slots(
         self, slots: Mapping[int, Sequence[NamedArrays]], said: Mapping[int, str]
     ) -> Mapping[int, NamedArrays]:
-        """Return what each node is sent, given the adapters of its slots; those that get the same share it."""
+        """Return what each node is sent, given the adapters of its slots; equal results are one shared object."""
         holders: dict[int, tuple[NamedArrays, list[int]]] = {}
         for node_id, own in slots.items():
             for adapter in own:
@@ -53,11 +53,11 @@ class SlotParts(Parts):
         return sent
 
     def num_values(self, params: NamedArrays) -> int:
-        """Return how many values the largest upload holds: that of a node with a slot in each cluster."""
+        """Return how many values the largest upload holds, that of a node with a slot in every cluster."""
         return num_values(params)
 
     def embedded(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
-        """Yield uploads in the server's units, zero where their clients hold nothing."""
+        """Yield uploads with the server's shapes and units, zero where their clients hold nothing."""
         for upload in uploads:
             if self.trivial or upload.arrays is None:
                 yield upload
@@ -68,13 +68,13 @@ class SlotParts(Parts):
             yield replace(upload, arrays=arrays, mask=mask, again=again)
 
     def whole(self, cohort: Cohort) -> Cohort:
-        """Return the cohort with the adapters of which nodes were sent their parts.
+        """Return the cohort with the whole adapters from which the nodes' parts were cut.
 
-        A node that owes a reply is asked nothing, so it is what it was sent last.
+        A node that owes a reply is sent nothing new, so its reply is about the adapters it was sent last.
         """
         if self.trivial:
             return cohort
-        self._whole = {node_id: self._whole[node_id] for node_id in cohort.sent}  # of others no reply is awaited
+        self._whole = {node_id: self._whole[node_id] for node_id in cohort.sent}  # other nodes owe no reply
         return replace(cohort, sent={node_id: join_slots(own) for node_id, own in self._whole.items()})
 
     def _embedded(self, part: SubModel, arrays: NamedArrays, mask: Mask | None) -> tuple[NamedArrays, Mask | None]:
@@ -91,7 +91,7 @@ class SlotParts(Parts):
 
 
 def num_slots_of(report: Report, most: int) -> int:
-    """Return how many slots a client says it has; raises ReplyError unless that is 1 to `most`."""
+    """Return how many slots a client reports; raises ReplyError unless that is 1 to `most`."""
     num_slots = report.options.get("num-slots")
     if type(num_slots) is not int or not 1 <= num_slots <= most:
         raise ReplyError(

@@ -1,4 +1,4 @@
-"""FL-TAC: several tasks share one federation; clients send one adapter per task and never say which task it is.
+"""FL-TAC: clients with several tasks send one adapter for each task, without saying which task it is for.
 
 S. Ping, Y. Mao, Y. Liu, X.-P. Zhang and W. Ding, "FL-TAC: Enhanced Fine-Tuning in Federated Learning via
 Low-Rank, Task-Specific Adapter Clustering", ICLR 2024 Workshop on LLM Agents, https://arxiv.org/abs/2404.15384.
@@ -48,57 +48,57 @@ _WHOLE: Final = "adapters are told apart by comparing all of them, whole."
 class Tac(UpdateStrategy[ClusterState]):
     """One adapter per task, found by clustering. Clients need `fedkit.clients.TacMod`.
 
-    The arrays that `start` and `evaluate_fn` see hold an adapter per cluster, ``cluster-0/NAME`` and so on
-    (`fedkit.aggregation.slots`). Start from one plain adapter: every cluster begins with it. With a `checkpoint`,
-    the folder also gets ``clusters.jsonl``, a map of the adapters in each round: `ClusterMap`.
+    A client's slot is its place for the adapter of one task. The arrays of `evaluate_fn` and of the result hold an
+    adapter per cluster, ``cluster-0/NAME`` and so on (`fedkit.aggregation.slots`). Start from one plain adapter,
+    with which every cluster begins. The `checkpoint` folder also gets ``clusters.jsonl``: see `ClusterMap`.
 
     Parameters
     ----------
     num_clusters : int
-        How many tasks there are over all clients, or may be.
+        The number of tasks over all clients; with ``number="at-most"``, an upper bound.
     number : {"given", "at-most"}
-        Whether there are that many, or as many, up to that, as fit best.
+        Whether there are `num_clusters` clusters, or as many, up to that, as fit best.
     signature : {"factors", "product"}
-        What of adapters is compared: the LoRA factors, or their products.
+        What is compared of two adapters: the LoRA factors, or their products.
     evidence : {"auto", "adapters", "updates", "features"}
-        What slots are told apart by, see `fedkit.aggregation.evidence`: the adapters of the round, as published;
-        their updates of all rounds, of which the server keeps 8 KiB a slot; or what their examples are to the
-        frozen model, however short training is, which clients say once if their app trains with
-        `fedkit.clients.features.Features`. "auto": features, where apps say them and they form clusters.
+        What is clustered (`fedkit.aggregation.evidence`). "adapters": those of the round, as published. "updates":
+        the slots' updates of all rounds, of which the server keeps 8 KiB a slot. "features": how the frozen model
+        represents a slot's examples, however short training is; apps send them once if they train with
+        `fedkit.clients.features.Features`. "auto": features, if apps send them and they form clusters.
     max_slots : int, optional
-        How many adapters one client may send; as many as there are clusters if unset.
+        How many adapters one client may send; `num_clusters` if unset.
     quantizer : Quantizer
         Of the updates of the adapters; None: float32.
     density : float
-        Share of each matrix of an adapter that clients send, above 0 to 1: other entries in each round, and the
-        same of all adapters, which are hard to compare under the masks of their own that SAFARI's clients have.
+        Share of each matrix of an adapter that clients send, above 0 to 1. All adapters have the same mask, drawn
+        anew in each round, since adapters under masks of their own, as in SAFARI, are hard to compare.
     skip : SkipRule, optional
-        Send innovations, and nothing if they are small: AQUILA's lazy sum, in each cluster. A client is silent for
-        all its slots together; each then counts with what the server has from it.
+        Makes clients send innovations, and nothing if these are small: AQUILA's lazy sum, in each cluster. A
+        client skips all its slots together; each of them then counts with what the server has from it.
     missing : {"drop", "reweight", "mifa", "safari"} or Missing
-        What the slots of missing clients count with in their clusters: "safari", with what the most similar slot
-        of the cluster sent. With `skip` what the server has from them, and nothing else.
+        How the slots of missing clients count in their clusters; with "safari", by what the most similar slot of
+        the cluster sent. With `skip` they count with what the server has from them, and nothing else is possible.
     lora : {"factors", "product", "product-update"}
         How LoRA factors are averaged inside a cluster.
     distinct : bool
         Whether adapters of one client are for different tasks, and so never share a cluster.
     anchored, screened : bool
-        Whether the clusters' present adapters are clustered along, and odd adapters set aside.
+        Whether each cluster's present adapter is clustered, too, and whether outlying adapters are set aside.
     weighted : bool
-        Whether clients count by their number of examples; each of a client's adapters counts alike.
+        Whether clients are weighted by their number of examples; the adapters of one client weigh the same.
     tasks : mapping of str to sequence of int, optional
-        The true task of each slot, by client id: for purity and ARI in the map, and for nothing else.
+        The true task of each slot, by client id; used only for purity and ARI in the map.
     submodels : mapping of str to Cut, optional
         The part of every adapter that nodes hold, as in `UpdateStrategy`: a lower rank, `lora_rank`.
     seed : int
-        Of k-means, of masks, and of the choice of clients.
+        Of k-means, of masks, and of the client sampling.
     **options
         As in `UpdateStrategy`.
 
     Raises
     ------
     ConfigError
-        For impossible values, and combinations.
+        For impossible values and combinations.
     """
 
     scheme: ClassVar[str] = "tac"
@@ -151,22 +151,22 @@ class Tac(UpdateStrategy[ClusterState]):
             raise ConfigError(f"max_slots must be at least 1, got {max_slots}.")
         self.state = ClusterState()
         self._map = ClusterMap(tasks)
-        self._lacking: set[str] = set()  # the clients that have slots whose features are not known
+        self._lacking: set[str] = set()  # clients with slots whose features the server lacks
         self._steps: Sequence[float] = ()  # squared norm of the last step of each cluster
 
     @classmethod
     def published(cls, **options: Any) -> Self:
-        """Return FL-TAC as published: k-means alone says which adapters are for one task."""
+        """Return FL-TAC as published: k-means alone decides which adapters are for the same task."""
         return cls(**{"evidence": "adapters", "distinct": False, "anchored": False, "screened": False, **options})
 
     # ---- what the strategy remembers -----------------------------------------------------------
 
     def remember(self) -> Tree:
-        """Return what the aggregator says, and what the skip rule needs."""
+        """Return what the aggregator remembers, and what the skip rule needs."""
         return {"aggregation": super().remember(), "steps": list(self._steps)}
 
     def recall(self, params: NamedArrays, saved: Tree | None) -> None:
-        """Go on; of a lazy sum, a client whose file is lost starts anew."""
+        """Restore what `remember` returned; with `skip`, a client whose file is lost starts anew."""
         super().recall(params, saved and saved["aggregation"])
         self._steps = saved["steps"] if saved else ()
         self._accept()
@@ -186,7 +186,7 @@ class Tac(UpdateStrategy[ClusterState]):
         return super().start(grid, params, num_rounds, *args, **kwargs)
 
     def distribute(self, params: NamedArrays, node_ids: Sequence[int]) -> Mapping[int, NamedArrays]:
-        """Return, for each slot of each node, the adapter of its cluster; v^0 for a node not known yet."""
+        """Return, for each slot of each node, the adapter of its cluster; v^0 for an unknown node."""
         clusters, newcomer = split_clusters(params), [self.state.start]
         slots = {node_id: [clusters[k] for k in self._clusters_of(node_id)] or newcomer for node_id in node_ids}
         return self.parts.distribute_slots(slots, self.registry.submodels)
@@ -196,23 +196,23 @@ class Tac(UpdateStrategy[ClusterState]):
         return self.state.assignment.get(self.registry.names([node_id]).get(node_id, ""), ())
 
     def _told(self, client: str, num_slots: int) -> bool:
-        """Return whether features of all of a client's slots are known."""
+        """Return whether the server has the features of all of a client's slots."""
         known = self.state.evidence
         return num_slots > 0 and all(slot_name(client, slot) in known for slot in range(num_slots))
 
     def check(self, node_id: int, report: Report) -> None:
-        """Refuse slots that cannot be told apart."""
+        """Raise ReplyError for a bad number of slots, bad features, or required features that are missing."""
         num_slots, features = num_slots_of(report, self.max_slots), report.options.get(FEATURES)
         if features is not None:
             features_from_text(features, num_slots)
             self._lacking.discard(report.client_id)
         elif not (report.skipped or self._told(report.client_id, num_slots)):
-            self._lacking.add(report.client_id)  # it is asked for them, next time
+            self._lacking.add(report.client_id)  # it is asked for them next time
             if self.evidence == "features":
                 raise ReplyError("features: the server lacks those of a slot, and they did not come.")
 
     def _options_of(self, node_id: int, known: dict[str, Mapping[str, Scalar]]) -> Mapping[str, Scalar]:
-        """Return how a node codes its slots; when it may skip, by the last steps of its own clusters."""
+        """Return how a node codes its slots, and when it may skip, given the last steps of its own clusters."""
         part = self.parts.sent.get(node_id, WHOLE)
         options: dict[str, Scalar] = {} if part == WHOLE else {SUBMODEL: part}
         if self.skip is not None:
@@ -227,14 +227,14 @@ class Tac(UpdateStrategy[ClusterState]):
         return options
 
     def expected(self, sent: NamedArrays, report: Report) -> NamedArrays:
-        """Return arrays with the names and shapes of all slots that the client says it has."""
+        """Return arrays with the names and shapes of all slots that the client reports."""
         num_slots = num_slots_of(report, self.max_slots)
         return join_slots(split_slots(sent, num_slots))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the new arrays and metrics, and put the round's adapters on the map."""
+        """Return the new arrays and metrics, and add the round's adapters to the map."""
         before = self._params
         arrays, metrics = super().aggregate_train(server_round, replies)
         self._accept()

@@ -37,7 +37,7 @@ CUTOFF: Final = 50  # rounds of silence that FedAU counts as one whole interval
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What missing clients count with.
+    """How clients that did not answer count in the mean of a round.
 
     Parameters
     ----------

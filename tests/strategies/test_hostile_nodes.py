@@ -99,7 +99,7 @@ def test_a_strategy_that_is_started_again_begins_anew(make):
 def test_two_servers_on_one_checkpoint_are_refused(tmp_path):
     def evaluate(server_round, arrays):
         if server_round == 1:
-            with pytest.raises(ConfigError, match="another server is at it"):
+            with pytest.raises(ConfigError, match="another server is using it"):
                 run(Plain(checkpoint=tmp_path, **OPTIONS))
 
     run(Plain(checkpoint=tmp_path, **OPTIONS), rounds=2, evaluate_fn=evaluate)
