@@ -14,10 +14,10 @@ RUN_OPTIONS: Final[dict[str, dict[str, Any]]] = {  # shared by `fedkit run` and 
     "--drop": {"type": float, "metavar": "P", "help": "probability that a reply is lost"},
     "--rounds": {"type": int, "metavar": "N", "help": "run-config key `num-rounds`"},
     "--run-config": {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"},
-    "--superlink": {"metavar": "NAME", "help": "a SuperLink in Flower's config; default: simulation"},
+    "--superlink": {"metavar": "NAME", "help": "a SuperLink in Flower's config; default: simulation here"},
     "--out": {"type": Path, "metavar": "DIR", "help": "default: fedkit-runs/APP-TIME"},
-    "--tensorboard": {"metavar": "DIR", "help": "also write event files there, round by round"},
-    "--mlflow": {"metavar": "URI", "help": "also log to this tracking server, round by round"},
+    "--tensorboard": {"metavar": "DIR", "help": "write event files there, too, round by round"},
+    "--mlflow": {"metavar": "URI", "help": "log to this tracking server, too, round by round"},
 }
 
 
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="the folder of a run, or of one arm")
     command.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first RUN")
     command = commands.add_parser("doctor", help="check whether this machine, and an app, are ready for fedkit")
-    command.add_argument("app_dir", nargs="?", type=Path, metavar="APP_DIR", help="check this app, too")
+    command.add_argument("app_dir", nargs="?", type=Path, metavar="APP_DIR", help="look at this app, too")
     command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -5,8 +5,8 @@ random step of the same shapes instead of training. So everything sent is coded,
 run, but nothing is learnt. If the server asks for features, the simulated clients send some, once; it is not known
 whether the app would, so for an app without features the first upload is about a kilobyte per slot too long.
 Whatever the server needs to run must be installed here, and be found where the server looks for it; no client's
-data is needed, unless the clients are to train. The rehearsal runs in a process of its own, ``python -m
-fedkit.rehearsal TASK OUT``.
+data is needed, unless the clients are to train. The rehearsal is a process of its own,
+``python -m fedkit.rehearsal TASK OUT``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A message is on its way from `send_and_receive` until its reply is pulled or its
 
 - every message of it was answered, or
 - `quorum` of the nodes asked have answered and `grace` seconds have passed since, or
-- the `deadline` passes, which is also the messages' ttl, so that Flower drops later replies, too.
+- the `deadline` passes, after which a reply is of no use to Flower either, since it is the messages' ttl.
 
 =======================================  ==========================================================
 what happens                             what is done

@@ -20,15 +20,15 @@ treated as the mean treats entries that a client does not hold.
 
 Deviations from the paper
 -------------------------
-We knew the paper through its abstract and a third-party replication. `fedkit.strategies.Safari.published` follows
-those: the similarity is −‖w_i − w_j‖, of which the last value is kept; ``θ ← (1/N) Σ w_i`` shrinks entries that
-few clients keep; there is no warm-up. The default differs where that was measured to be worse: similarity is the
-running mean of the cosine of updates over the entries that both clients sent, with recent rounds counting more; a
-surrogate is weighted by its similarity, so that it fades where updates are mostly noise; an entry is averaged over
-the clients that keep it; clients are weighted by their number of examples; and the first rounds only observe. In
-both, similarity is between uploads of the same round, so that the server need not keep a model of each client. A
-missing client has no surrogate if it was never heard from, or if its similarity to all clients that answered is
-unknown. If nobody answered, the parameters stay.
+The paper was known only through its abstract and a third-party replication. `fedkit.strategies.Safari.published`
+follows those: the similarity is −‖w_i − w_j‖, of which the last value is kept; ``θ ← (1/N) Σ w_i`` shrinks entries
+that few clients keep; there is no warm-up. The default differs where that was measured to be worse: similarity is
+the running mean of the cosine of updates over the entries that both clients sent, with recent rounds counting
+more; a surrogate is weighted by its similarity, so that it fades where updates are mostly noise; an entry is
+averaged over the clients that keep it; clients are weighted by their number of examples; and the first rounds only
+observe. In both, similarity is between uploads of the same round, so that the server need not keep a model of each
+client. A missing client has no surrogate if it was never heard from, or if its similarity to all clients that
+answered is unknown. If nobody answered, the parameters stay.
 """
 
 from __future__ import annotations

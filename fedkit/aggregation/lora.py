@@ -182,7 +182,7 @@ class Products:
             product.add(weight, b, a)
 
     def shift(self, weight: float, arrays: NamedArrays) -> None:
-        """Add the products of arrays that are no client's, times `weight`; the sum of the weights stays."""
+        """Add the products of arrays that are no client's, times `weight`; `total` does not change."""
         for pair, product in self.sums.items():
             product.add(weight, arrays[pair.b], arrays[pair.a])
 

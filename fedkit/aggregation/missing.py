@@ -87,7 +87,7 @@ class Missing:
 
     @classmethod
     def of(cls, choice: Choice | Missing) -> Missing:
-        """Return `choice` as a `Missing`, if it is only a name."""
+        """Return `choice` as a `Missing`; it may be only a name."""
         return choice if isinstance(choice, Missing) else cls(choice)
 
     def settled(self, *, lasting: bool) -> Missing:
