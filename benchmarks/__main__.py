@@ -1,8 +1,8 @@
 """The one entry point: ``python -m benchmarks`` lists the benchmarks, and runs those that are named, or ``all``.
 
-``python -m benchmarks all`` is the small form of each, ``--full`` the README's figures. A benchmark whose rows are
-in ``--out`` already is not measured again: it prints its tables, and draws its plots, from them. What comes after
-``--`` goes to the benchmark.
+``python -m benchmarks all`` runs the small form of each, with ``--full`` the README's figures. A benchmark whose
+rows are already in ``--out`` is not measured again: it prints its tables, and draws its plots, from them. What
+follows ``--`` is passed to the benchmark.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The server's work on a thousand uploads: ``python -m benchmarks.aggregate [--full] [--profile]``.
 
-Real reply messages, as Flower hands them to a strategy: 75,000 parameters in 26 arrays from each client.
-Flower's FedAvg gets dense float32 arrays, fedkit's strategies get frames, which they decode; each
-`aggregate_train` is timed beside the others in one run. The yardstick is numpy's sum of the plain vectors.
-Memory is the rise of the peak above what holds the replies, in units of the parameters.
+Real reply messages, as Flower passes them to a strategy: 75,000 parameters in 26 arrays from each client. Flower's
+FedAvg gets dense float32 arrays; fedkit's strategies get frames, which they decode. All calls of `aggregate_train`
+are timed side by side in one run. The reference is numpy's sum of the plain vectors. Memory is the rise of the
+peak above the memory that holds the replies, in units of the parameters.
 """
 
 from __future__ import annotations

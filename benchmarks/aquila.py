@@ -1,18 +1,18 @@
-"""Bits to equal accuracy, AQUILA and what its paper compares with: ``python -m benchmarks.aquila [--full]``.
+"""Bits to equal accuracy, AQUILA and the schemes of its comparison: ``python -m benchmarks.aquila [--full]``.
 
 ========  ============================================================================================
 task      what is trained; ``--task`` chooses, all with ``--full``, otherwise the digits
 ========  ============================================================================================
 `digits`  an MLP, one step of SGD per round with all of a client's examples or 32 of them; the target is 95 %
-`cifar`   a CNN, one step of SGD per round; the target is FedAvg's in the end minus a point
+`cifar`   a CNN, one step of SGD per round; the target is FedAvg's final accuracy minus a point
 `sst2`    MiniLM's LoRA adapter, 8 local steps of Adam per round, as `benchmarks.text_lora`
 ========  ============================================================================================
 
-Real messages, really serialised. An arm has arrived when the mean of 3 successive accuracies reaches the target.
-Bytes are those of the frames, as they travel; besides, those of all of Flower's objects, and those that a paper
-would count for the same uploads: packed levels, and 40 bits for each group's scale and width. The downlink of
-the published schemes is dense. LENA, with which the paper compares, too, is left out, for its rule is known to us
-only roughly.
+Messages are real and serialised. An arm has reached the target when the mean of 3 successive accuracies has. Bytes
+are those of the frames as sent; also shown are those of all of Flower's objects, and those that a paper would
+count for the same uploads: packed levels, and 40 bits for each group's scale and width. The downlink of the
+published schemes is dense. LENA, which the paper also compares with, is left out, since we know its rule only
+roughly.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What counts as AQUILA reproduced, and whether it holds.
+"""The criteria for AQUILA to count as reproduced, and whether they hold.
 
-The bounds are those of a prototype on the same task, digits with an MLP of 4,810 parameters, not of the paper:
-its own tables could not be read. Of the paper there is the headline, around 60 % fewer bits than other methods at
-the same accuracy; here, between 50 and 70 % fewer on average.
+The bounds are those of a prototype on the same task (digits with an MLP of 4,810 parameters), not of the paper,
+whose own tables could not be read. From the paper there is only the headline, around 60 % fewer bits than other
+methods at the same accuracy; here, between 50 and 70 % fewer on average.
 """
 
 from __future__ import annotations

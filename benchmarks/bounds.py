@@ -1,19 +1,19 @@
-"""How few bits an error takes: rate-distortion bounds of recorded values.
+"""The least bits that an error takes: rate-distortion bounds of recorded values.
 
-Both take the entries of an array as independent draws from a distribution of that array, and may spend bits
-where they help most: all arrays share one slope. Errors are squared and normalised by the squared norm, rates
-are bits per entry.
+Both bounds take the entries of an array as independent draws from that array's distribution, and may spend bits
+where they help most: all arrays share one slope. Errors are squared and normalised by the squared norm; rates are
+bits per entry.
 
 `gaussian` is the distortion-rate function of Gaussians with the arrays' variances (reverse water-filling; T.
 Cover, J. Thomas, "Elements of Information Theory", 2nd ed., theorem 10.3.3). Of all sources with those
-variances a Gaussian is the hardest to code: where entries have another distribution, a codec can be below this
+variances, the Gaussian is the hardest to code: if entries have another distribution, a codec can be below this
 curve.
 
 `empirical` is the rate-distortion function of the arrays' own histograms, by the iteration of R. Blahut
-("Computation of channel capacity and rate-distortion functions", IEEE Trans. Inf. Theory 18(4), 1972); wherever
-it is stopped, it gives a lower bound. No codec for entries drawn so is below it, however long its blocks are;
-one that finds structure inside an array may be. Side information (names, scales, tables) costs nothing in
-either.
+("Computation of channel capacity and rate-distortion functions", IEEE Trans. Inf. Theory 18(4), 1972), which gives
+a lower bound wherever it is stopped. No codec for entries drawn in this way is below it, however long its blocks
+are; a codec that finds structure inside an array may be. In both, side information (names, scales, tables) costs
+nothing.
 """
 
 from __future__ import annotations

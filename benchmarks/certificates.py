@@ -1,4 +1,4 @@
-"""What TLS and node authentication need: a certificate authority, a server's certificate, keys of nodes."""
+"""Files for TLS and node authentication: a certificate authority, a server's certificate, the nodes' keys."""
 
 from __future__ import annotations
 

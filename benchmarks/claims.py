@@ -1,7 +1,7 @@
-"""What the READMEs claim, and whether it still holds: ``python -m benchmarks.claims``.
+"""The READMEs' claims, and whether they still hold: ``python -m benchmarks.claims``.
 
-A claim of `claims.toml` holds as long as none of its modules has changed since the commit that it was measured at.
-After that it must be borne out by its small form: a test that .ci/run runs, or a function of this file.
+A claim in `claims.toml` holds as long as none of its modules has changed since the commit at which it was
+measured. After that, its small form must confirm it: a test that .ci/run runs, or a function of this file.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Clustering of many adapters: ``python -m benchmarks.clusters [--full]``.
 
-TAC finds out which adapters are for one task. Adapters here are 75,000 values: that of their task, and noise three
-times as large. scikit-learn's KMeans, with the ten starts of FL-TAC's code, gets them as one matrix, as there;
-fedkit gets the same vectors one by one. A *round* is all of the server's work in `Clustered`: frames of 4 bits are
-decoded, clustered, decoded again and averaged. Each arm runs in a process of its own, whose resident memory is
-read from outside, frames and interpreter included; libraries are loaded before the clock starts.
+TAC finds out which adapters are for the same task. Here an adapter is 75,000 values: those of its task, plus noise
+three times as large. scikit-learn's KMeans, with the ten starts of FL-TAC's code, gets the adapters as one matrix,
+as FL-TAC's code does; fedkit gets the same vectors one by one. A *round* is all of the server's work in
+`Clustered`: frames of 4 bits are decoded, clustered, decoded again and averaged. Each arm runs in a process of its
+own, whose resident memory is read from outside, frames and interpreter included; libraries are loaded before the
+clock starts.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Error against real bytes, speed and memory of our codecs and of their peers.
 
 ``python -m benchmarks.codec [--full] [--plot FILE]``. Errors are ``‖x − x̂‖² / ‖x‖²``, bits are 8 · bytes /
-values, both means over recordings of `benchmarks.innovations` (recorded first if there are none). The bounds
-are those of `benchmarks.bounds`. Speed: Laplace values whose scale changes every 256, one thread, beside a copy
-of the array.
+values; both are means over recordings of `benchmarks.innovations` (recorded first if there are none). The bounds
+are those of `benchmarks.bounds`. Speed is measured on Laplace values whose scale changes every 256, on one thread,
+beside a copy of the array.
 """
 
 from __future__ import annotations

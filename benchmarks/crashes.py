@@ -1,9 +1,9 @@
 """A deployment whose processes are killed at random moments: ``python -m benchmarks.crashes [--full]``.
 
-Each trial has a SuperLink with a database, four SuperNodes that keep their memory on disk, and one run. By the
-trial's seed, a SuperNode's machine, a ClientApp, the ServerApp or the SuperLink's machine is killed with SIGKILL,
-and what systemd or Docker would start again is started again. The run must end with a model: by itself, or after
-`fedkit resume`; and the logs must say what happened.
+Each trial has a SuperLink with a database, four SuperNodes that keep their memory on disk, and one run. The
+trial's seed decides which is killed with SIGKILL: a SuperNode's machine, a ClientApp, the ServerApp or the
+SuperLink's machine. Whatever systemd or Docker would restart is restarted. The run must end with a model, by
+itself or after `fedkit resume`, and the logs must say what happened.
 """
 
 from __future__ import annotations

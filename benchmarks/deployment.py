@@ -1,6 +1,6 @@
-"""A SuperLink and SuperNodes as processes of this machine, for as long as a `with` block.
+"""A SuperLink and SuperNodes as processes on this machine, for the duration of a `with` block.
 
-They are called ``superlink`` and ``supernode-0``; any of them can be killed and started again::
+They are named ``superlink``, ``supernode-0`` and so on; any of them can be killed and restarted::
 
     with Deployment(folder, nodes=4, secure=True, database=True) as deployment:
         run = deployment.submit(app, config)

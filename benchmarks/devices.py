@@ -1,14 +1,14 @@
-"""One federation of unlike devices: ``python -m benchmarks.devices [--full]``.
+"""One federation of different devices: ``python -m benchmarks.devices [--full]``.
 
-Four nodes with an example's own ClientApp: one with a GPU (where there is none, another `cpu`) at LoRA rank 16,
-one `cpu` at rank 8, two `mobile` at rank 4, each as the strategy's `Terms` for its profile say; the server's
-adapter has rank 16, and averages changes of products. Beside it the same nodes, all at rank 4, factors averaged;
-and all at rank 4, changes of products averaged, so that what is better is the ranks and not the averaging. Float32
-up and down, plain LoRA of α = 2r.
+Four nodes run an example's own ClientApp: one with a GPU (if there is none, another `cpu`) at LoRA rank 16, one
+`cpu` at rank 8, two `mobile` at rank 4, each as the strategy's `Terms` set it for its profile. The server's
+adapter has rank 16, and the server averages changes of products. For comparison, the same nodes are run all at
+rank 4, with factors averaged; and all at rank 4, with changes of products averaged, so that any gain is due to the
+ranks and not to the averaging. Float32 up and down, plain LoRA with α = 2r.
 
-*language*: ``examples/text_lora`` models the sentences of two manuals, byte by byte. Its base is made from
+*language*: ``examples/text_lora`` models the sentences of two manuals, byte by byte. Its base model starts from
 scratch, so that the factors have much to learn, and a rank of 4 is little. *digits*: the quickstart, with label
-skew; its base is trained on such images, and rank 4 has room for what is left.
+skew; its base model is trained on similar images, and rank 4 suffices for the rest.
 """
 
 from __future__ import annotations

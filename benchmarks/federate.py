@@ -1,4 +1,4 @@
-"""A run of a strategy in this process: real messages, really serialised; what every round cost and reached."""
+"""Runs a strategy in this process, with real, serialised messages, and records each round's cost and result."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Hostile bytes: ``python -m benchmarks.fuzz`` decodes mutated frames and counts what comes of them.
+"""Hostile bytes: ``python -m benchmarks.fuzz`` decodes mutated frames and counts the outcomes.
 
-Golden and fresh frames are flipped, spliced, cut, extended, given other header fields and forged sections; most
-get a valid checksum and the digest that is expected, as a hostile sender would give them. Each must end in a
-`CodecError` or in finite arrays of the right names and shapes. Of a sample, what decoding allocates is traced: at
-most four times the arrays expected (or, of a snapshot, claimed) and 1 MB. Anything else is printed, and the exit
-status is 1.
+Golden and fresh frames are flipped, spliced, cut, extended, and given other header fields and forged sections;
+most get a valid checksum and the expected digest, as a hostile sender would give them. Each must end in a
+`CodecError` or in finite arrays of the right names and shapes. For a sample, the memory that decoding allocates is
+traced: at most four times the arrays expected (or, for a snapshot, claimed) plus 1 MB. Anything else is printed,
+and the exit status is 1.
 """
 
 from __future__ import annotations

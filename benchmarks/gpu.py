@@ -1,9 +1,10 @@
 """A client's training step on a GPU: ``python -m benchmarks.gpu [--full]``, under a minute.
 
-An encoder of BERT-large's size, or a tiny one without --full, with random weights and LoRA (r 16, query and value)
-in `fedkit.clients.rm_lora`'s own loop. Arms: float32, as the CPU's profile has it, but on the GPU; the profile
-`gpu`, which is bfloat16; that profile with batches that are not pinned. ``encode`` is what follows training: the
-adapter to the CPU, and the update as a frame of 1 bit per parameter. Without CUDA all arms run on the CPU.
+An encoder of BERT-large's size, or a tiny one without --full, with random weights and LoRA (r 16, query and
+value), trained by `fedkit.clients.rm_lora`'s own loop. Arms: float32, as in the CPU's profile, but on the GPU; the
+profile `gpu`, which is bfloat16; and that profile with batches that are not pinned. ``encode`` is the work after
+training: copying the adapter to the CPU, and encoding the update as a frame of 1 bit per parameter. Without CUDA
+all arms run on the CPU.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 `cifar`    10,000 images of CIFAR-10, a CNN of 89,834 parameters in torch; 10 clients, Dirichlet(alpha)
 =========  ==========================================================================================
 
-Every client counts the same. The CNN takes its widths from the arrays that it is given, so a client may be sent a
-part of it.
+All clients have the same weight. The CNN takes its widths from the arrays that it is given, so a client may be
+sent a part of it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Arms, rows and tables: what every benchmark shares.
+"""Arms, rows and tables, which all benchmarks share.
 
-An *arm* is one thing measured; its result is a *row*, a flat dict. Rows are appended to a file of JSON lines as
-they finish. An arm is known by its name and a digest of its parameters; one that is in the file already is not
+An *arm* is one thing measured; its result is a *row*, a flat dict. Rows are appended to a JSON Lines file as they
+finish. An arm is identified by its name and a digest of its parameters. An arm that is already in the file is not
 measured again, unless something was not installed.
 """
 

@@ -1,10 +1,10 @@
-"""What clients would send, recorded: ``python -m benchmarks.innovations [--full]``.
+"""Recordings of what clients would send: ``python -m benchmarks.innovations [--full]``.
 
-The apps of `examples` run in this process, under AQUILA: what its mod is about to quantize is the innovation,
-the client's update minus what the server has from it. One file for each recorded round and client; `load`
-stacks clients until there are 75,000 values. Small: three rounds of the quickstart. Full: rounds 3, 10 and 20
-of the quickstart, and 1, 4, 8 and 12 of `text_lora`, on SST-2 from ``$FEDKIT_DATA_DIR/text/sst2`` or, where that
-is missing, on the manuals' sentences.
+The apps in `examples` run in this process, under AQUILA. What its mod is about to quantize is the innovation: the
+client's update minus what the server has from it. There is one file for each recorded round and client; `load`
+stacks clients until there are 75,000 values. Small: three rounds of the quickstart. Full: rounds 3, 10 and 20 of
+the quickstart, and 1, 4, 8 and 12 of `text_lora`, on SST-2 from ``$FEDKIT_DATA_DIR/text/sst2`` or, if that is
+missing, on the manuals' sentences.
 """
 
 from __future__ import annotations

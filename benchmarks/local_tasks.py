@@ -5,8 +5,8 @@
 `cifar`    10,000 images of CIFAR-10, the CNN of `gradient_tasks`; some steps of SGD, batches of 32
 =========  ==========================================================================================
 
-Clients 0 to 9 hold the lower half of the classes, 10 to 19 the upper; within a group examples are dealt at
-random, and every client counts the same.
+Clients 0 to 9 hold the lower half of the classes, 10 to 19 the upper half; within a group, examples are dealt at
+random. All clients have the same weight.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which machine, how long, how much memory."""
+"""The machine, its time and its memory."""
 
 from __future__ import annotations
 

@@ -2,16 +2,16 @@
 
 The server's adapter has rank 16. The task is the quickstart's, a small vision transformer on handwritten digits
 with label skew, or with ``--task sst2`` that of ``examples/text_lora`` on SST-2, from
-``$FEDKIT_DATA_DIR/text/sst2``. Real messages, float32 up and down, so that nothing but the averaging differs:
+``$FEDKIT_DATA_DIR/text/sst2``. Messages are real, float32 up and down, so that only the averaging differs:
 
-* factors, zero-padded: each factor, filled up with zeros to rank 16, averaged over all clients;
+* factors, zero-padded: each factor, padded with zeros to rank 16, averaged over all clients;
 * factors: each entry averaged over the clients that hold it;
 * product: the products averaged, then a truncated SVD;
-* frozen A: each entry of B averaged, A as it began;
+* frozen A: each entry of B averaged, A as it was initially;
 * all r 4, all r 16: every client has the same rank.
 
-Each arm is run with every learning rate and shown with its own best one. The gap is that of the product of the
-averaged factors to the mean of the products, the mean over the rounds.
+Each arm is run with every learning rate and shown with its own best one. The gap is that between the product of
+the averaged factors and the mean of the products, averaged over the rounds.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The profile `mobile` beside `cpu`, MiniLM LoRA on SST-2: ``python -m benchmarks.mobile [--full]``.
+"""The profile `mobile` compared with `cpu`, MiniLM LoRA on SST-2: ``python -m benchmarks.mobile [--full]``.
 
 *A node*: the ClientApp of ``examples/text_lora`` trains its rounds (8 steps of 16 sentences) in a process of its
-own, on one thread; its peak of resident memory is what the kernel says at its end (Linux). Its sentences are lines
-of a file; in one arm they are read through `datasets`, as the example does.
+own, on one thread. Its peak of resident memory is the kernel's figure at its end (Linux). Its sentences are lines
+of a file; in one arm they are read through `datasets`, as in the example.
 
-*A federation*: 4 clients, uploads in float32, accuracy of the float32 model with the trained adapter on all 872
-dev sentences, mean of the last 3 rounds. The arm `cpu` takes 4 examples at once, too, so that dropout draws the
-same in both and nothing but int8 differs.
+*A federation*: 4 clients, uploads in float32; accuracy of the float32 model with the trained adapter on all 872
+dev sentences, as the mean of the last 3 rounds. The arm `cpu` also takes 4 examples at once, so that dropout draws
+the same in both and only int8 differs.
 """
 
 from __future__ import annotations

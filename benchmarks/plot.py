@@ -1,4 +1,4 @@
-"""The picture of `benchmarks.codec`: error against bits, ours bold, each curve labelled at its end."""
+"""The plot of `benchmarks.codec`: error against bits, fedkit's codecs bold, each curve labelled at its end."""
 
 from __future__ import annotations
 

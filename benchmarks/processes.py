@@ -1,4 +1,4 @@
-"""Flower's processes on this machine, by name: started, watched, killed, started again."""
+"""Flower's processes on this machine, by name: started, watched, killed, restarted."""
 
 from __future__ import annotations
 

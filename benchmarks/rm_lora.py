@@ -1,19 +1,19 @@
-"""RM-LoRA beside LoRA on six tasks: ``python -m benchmarks.rm_lora [--full]``.
+"""RM-LoRA compared with LoRA on six tasks: ``python -m benchmarks.rm_lora [--full]``.
 
 ==========================  ===================================================================================
-task                        what is trained, on 1,000 examples that each seed draws anew
+task                        what is trained, on 1,000 examples drawn anew for each seed
 ==========================  ===================================================================================
-cola, mrpc, rte, sst2       the last two layers of MiniLM; tested on GLUE's dev set, of MRPC on the test set
+cola, mrpc, rte, sst2       the last two layers of MiniLM; tested on GLUE's dev set, MRPC on its test set
 cifar100, cifar10           the last two blocks of a small vision transformer that has seen 50 other classes of
-                            CIFAR-100 (`benchmarks.rm_lora_vit`); tested on the 50 that it has not, and CIFAR-10
+                            CIFAR-100 (`benchmarks.rm_lora_vit`); tested on the 50 unseen ones, and on CIFAR-10
 ==========================  ===================================================================================
 
-Every arm has the learning rate, of three, that does best on the quarter of its training sets that was held back
-for this: on average over three seeds that are none of the table's. Test data choose nothing. All arms of a seed
-have the same examples and the same initial head, which is exempt from masks. ``alpha`` is 2 r.
+Every arm uses the learning rate, out of three, that does best on the quarter of its training sets that was held
+out for this, on average over three seeds that are not in the table. Test data are not used to choose anything. All
+arms of a seed have the same examples and the same initial head, which is exempt from masks. ``alpha`` is 2 r.
 
-Rows of several processes, each with tasks or arms of its own into a folder of its own, are shown together with
-``--rows FILE ...``, which measures nothing.
+Several processes may each run some of the tasks or arms, each into a folder of its own; ``--rows FILE ...`` shows
+their rows together, and measures nothing.
 """
 
 from __future__ import annotations

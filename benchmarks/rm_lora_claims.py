@@ -1,9 +1,9 @@
-"""What counts as RM-LoRA reproduced, and whether it holds.
+"""The criteria for RM-LoRA to count as reproduced, and whether they hold.
 
-The bounds are those of a prototype, not of the paper, whose tables could not be read. Its claim is better
-generalization at the same or a smaller budget of trained parameters. A budget is counted as the released code
-counts it, the components that a step trains: RM-LoRA of r 8, k 4 is as LoRA of r 4, but stores as much as LoRA of
-r 8.
+The bounds are those of a prototype, not of the paper, whose tables could not be read. The paper claims better
+generalization at the same or a smaller budget of trained parameters. A budget is counted as in the released code,
+by the components that a step trains: RM-LoRA of r 8, k 4 has the budget of LoRA of r 4, but stores as much as LoRA
+of r 8.
 """
 
 from __future__ import annotations

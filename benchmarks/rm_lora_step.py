@@ -1,10 +1,11 @@
-"""A training step of RM-LoRA against one of plain LoRA: ``python -m benchmarks.rm_lora_step [--full]``.
+"""A training step of RM-LoRA compared with one of plain LoRA: ``python -m benchmarks.rm_lora_step [--full]``.
 
-One model, the quickstart's vision transformer, or with ``--full`` also one of ViT-small's size and two with next
-to nothing to compute, as deep as those: what calls cost, which is what counts where a GPU waits for them. The same
-batch and the same AdamW. In every turn each arm makes one step, in an order that is another one each time, and its
-time is divided by that of plain LoRA in the same turn: what else the machine does, both feel. Shown is the median;
-on the CPU, of the processor's time, which other programs hardly change. Operations are what a GPU gets as kernels.
+The model is the quickstart's vision transformer; with ``--full``, also one of ViT-small's size, and two that are
+as deep as those but have next to nothing to compute. The latter show the cost of calls, which is what matters
+where a GPU waits for them. All arms have the same batch and the same AdamW. In every turn each arm makes one step,
+in an order that changes each time, and its time is divided by that of plain LoRA in the same turn, so that other
+load on the machine affects both. Shown is the median; on the CPU, of processor time, which other programs hardly
+change. Operations are those that a GPU gets as kernels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What `benchmarks.rm_lora` trains on: sentences with MiniLM, images with its own small vision transformer.
+"""The tasks of `benchmarks.rm_lora`: sentences with MiniLM, images with its own small vision transformer.
 
-LoRA is on all linear layers of the last two of six blocks. What the blocks below make of the examples never
-changes: it is computed once per task, and lies on the device.
+LoRA is on all linear layers of the last two of six blocks. The outputs of the blocks below never change: they are
+computed once per task, and stay on the device.
 """
 
 from __future__ import annotations

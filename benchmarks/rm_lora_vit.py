@@ -1,8 +1,9 @@
 """A small vision transformer, pre-trained on half of CIFAR-100: ``python -m benchmarks.rm_lora_vit``.
 
-No pre-trained weights are at hand, so the benchmark makes its own: 50 of the classes, 100 images each, flips and
-crops. 16 tokens, which three convolutions make of an image, so that two cores need no more than a quarter of an
-hour; 2.9 million parameters. It is weak, and says how weak: its accuracy on the test images of those classes.
+No pre-trained weights are at hand, so the benchmark trains its own: on 50 of the classes, with 100 images each,
+flips and crops. Three convolutions turn an image into 16 tokens, so that two cores need no more than a quarter of
+an hour; 2.9 million parameters. It is weak, and reports how weak: its accuracy on the test images of those
+classes.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The time of a round beside Flower's FedAvg with the same arrays: ``python -m benchmarks.round_time [--full]``.
+"""The time of a round, compared with FedAvg on the same arrays: ``python -m benchmarks.round_time [--full]``.
 
-A SuperLink and four SuperNodes, processes of this machine. One ServerApp lets the strategies take turns, in an
-order that changes: a round of FedAvg, one of Aquila, and so on. Clients add noise and import no torch, so that
-what is left is Flower and fedkit. FedAvg is Flower's own, all of it; in a second arm it waits for replies with
+A SuperLink and four SuperNodes are processes on this machine. One ServerApp lets the strategies take turns, in an
+order that changes: a round of FedAvg, one of Aquila, and so on. Clients add noise and do not import torch, so that
+what remains is Flower and fedkit. FedAvg is entirely Flower's own; in a second arm it waits for replies with
 fedkit's grid. With ``--full`` there is also the quickstart's real training, with turns run by run.
 
 Where the time goes is read from the log of the node whose reply was complete last:
 
-- *send*: the server makes the messages and hands them to the SuperLink, until that is done or the node begins
+- *send*: the server makes the messages and passes them to the SuperLink, until that is done or the node begins
 - *poll*: until the node asks for messages, which it does 3 seconds after the last answer
 - *pull*: the node fetches the message's objects, each with its own call
 - *app*: a new process runs the ClientApp; noticed up to 0.1 s late (1 s by default), its end up to 0.5 s late

@@ -1,4 +1,4 @@
-"""Missing clients, SAFARI beside the alternatives: ``python -m benchmarks.safari [--full]``.
+"""Missing clients, SAFARI compared with the alternatives: ``python -m benchmarks.safari [--full]``.
 
 ========  ============================================================================================
 task      what is trained; ``--task`` chooses, all with ``--full``, otherwise the digits
@@ -9,15 +9,15 @@ task      what is trained; ``--task`` chooses, all with ``--full``, otherwise th
           fifth of the entries is sent; RM-LoRA (4 of 8 rows, a penalty) with replies missing
 ========  ============================================================================================
 
-But for the texts, 20 clients are in two groups, each of which holds half of the classes
-(`benchmarks.local_tasks`). Real messages, really serialised; replies are lost as a seeded schedule says
+Except for `sst2`, 20 clients are in two groups, each of which holds half of the classes
+(`benchmarks.local_tasks`). Messages are real and serialised; replies are lost by a seeded schedule
 (`fedkit.faults`), the same for all arms. Conditions: losses that are independent, or come in bursts of 5 rounds on
 average, or hit one group ("biased": it loses 90 % of its replies, the other 10 %). Accuracy is the mean of the
 last 10 rounds, or of the last quarter if that is less; bits are those of the frames, per parameter and upload.
 
-Each run is one thread, and rows are kept as they come: several processes may share the work, with other
-``--seeds``, ``--conditions`` or ``--arms`` each, and a folder of its own each; ``cat`` their rows into one,
-and run again to see the table.
+Each run is one thread, and rows are saved as they finish. Several processes may share the work, each with other
+``--seeds``, ``--conditions`` or ``--arms`` and a folder of its own; ``cat`` their rows into one, and run again to
+see the table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The picture of `benchmarks.safari`: accuracy against the share of lost replies, a panel for each task."""
+"""The plot of `benchmarks.safari`: accuracy against the share of lost replies, a panel for each task."""
 
 from __future__ import annotations
 

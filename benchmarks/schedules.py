@@ -1,10 +1,10 @@
 """Random schedules: ``python -m benchmarks.schedules`` plays runs in which much goes wrong.
 
 A schedule is drawn from its seed: clients and rounds, a strategy, limits, faults, clients that restart, forget,
-come back under another name or are killed while they write, and a server that loses power, in the middle of a
-checkpoint, too. Real messages pass through an in-process grid on a clock that nobody waits for; after each round
-clients and server are compared with slow, obvious twins (`tests.helpers.schedules`). Every schedule that breaks an
-invariant is printed, and the exit status is 1; ``--seed N`` plays it again.
+come back under another name or are killed while they write, and a server that loses power, even in the middle of a
+checkpoint. Real messages pass through an in-process grid on a simulated clock. After each round, clients and
+server are compared with slow, obvious reference implementations (`tests.helpers.schedules`). Every schedule that
+breaks an invariant is printed, and the exit status is 1; ``--seed N`` plays it again.
 """
 
 from __future__ import annotations

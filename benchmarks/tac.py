@@ -1,22 +1,22 @@
 """FL-TAC's table: ``python -m benchmarks.tac [--full] [--data glue cifar digits]``.
 
 Several tasks are spread over ten clients by Dirichlet 0.5; ``examples/multitask`` trains, in one process, with
-messages that are really serialised. One adapter per task (LoRA of rank 1, and a head) found by clustering, or
-told, or each client's own; beside it FedIT's one adapter of rank 16 for all tasks, with one head, and with a head
-per task.
+serialised messages. There is one adapter per task (LoRA of rank 1, and a head), with tasks found by clustering, or
+told, or with each client's own; for comparison, FedIT's one adapter of rank 16 for all tasks, with one head, and
+with a head per task.
 
 ``glue``    QNLI, QQP, SST-2, RTE and MRPC of ``$FEDKIT_DATA_DIR/text`` for MiniLM, adapters in its last block
 ``cifar``   CIFAR-10 and 50 classes of CIFAR-100, of ``$FEDKIT_DATA_DIR/cifar``: `benchmarks.tac_images`
-``digits``  the example's own five questions about one set of images, and its own hyper-parameters
+``digits``  the example's own five questions about one set of images, with its own hyper-parameters
 
-Accuracy is the mean of the tasks' on held-out examples (GLUE: 300 of each, RTE 277) over the last 3 rounds;
+Accuracy is the mean over tasks, on held-out examples (GLUE: 300 of each, RTE 277), over the last 3 rounds;
 *clustering* is the share of slots in the cluster of their task in the second half of the rounds. ``parameters``
-are those of the largest upload, as FL-TAC counts them: of the adapters of all tasks; bytes are of frames, all
-rounds together.
+are those of the largest upload, of the adapters of all tasks, as FL-TAC counts them; bytes are of frames, summed
+over all rounds.
 
-4 steps on few texts leave little to cluster: the updates of one task are no more alike in the first round than
-those of two (mean cosine −0.00 against −0.03; 41 % of the slots are in their task's cluster, with 20 steps 63 %),
-and slots that began in a wrong cluster stay there, unless they are told apart by something else
+4 steps on few texts leave little to cluster: in the first round, the updates of one task are no more similar than
+those of two (mean cosine −0.00 against −0.03; 41 % of the slots are in their task's cluster, with 20 steps 63 %).
+Slots that began in a wrong cluster stay there, unless something else tells them apart
 (`fedkit.aggregation.evidence`).
 """
 

@@ -1,7 +1,7 @@
 """FL-TAC's image tasks for `benchmarks.tac`: CIFAR-10, and 50 classes of CIFAR-100, for a small transformer.
 
-It stands in for a module of ``examples/multitask`` that has tasks. The transformer is pre-trained on the other 50
-classes (`rm_lora_vit`); its last block carries adapters. What the blocks below make of images is computed once.
+It replaces a module of ``examples/multitask`` that has tasks. The transformer is pre-trained on the other 50
+classes (`rm_lora_vit`); its last block carries adapters. The outputs of the blocks below are computed once.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Bytes until FedAvg's accuracy: ``python -m benchmarks.text_lora [--full]``.
+"""Bytes to FedAvg's accuracy: ``python -m benchmarks.text_lora [--full]``.
 
 The task of ``examples/text_lora`` on SST-2, from the folder ``$FEDKIT_DATA_DIR/text/sst2``: MiniLM with LoRA (r 8,
-query and value), 8 clients, all 872 dev sentences. Real messages, really serialised; bytes are all of Flower's
-objects, uplink and downlink. An arm has arrived, and stops, when the mean of 3 successive rounds reaches that of
-FedAvg's last 3 minus half a point; it has twice as many rounds for that. FedAvg's own bytes are counted up to
-there, too.
+query and value), 8 clients, all 872 dev sentences. Messages are real and serialised; bytes are all of Flower's
+objects, uplink and downlink. An arm has reached the target, and stops, when the mean of 3 successive rounds
+reaches that of FedAvg's last 3 minus half a point; it has twice as many rounds for that. FedAvg's own bytes are
+also counted up to that point.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """What a worker saves a deployed client: ``python -m benchmarks.warm [--full]``.
 
-A SuperLink and SuperNodes, processes of this machine, and the client of ``examples/text_lora``: MiniLM with LoRA,
-from packages alone. In one arm each message has its own process, as Flower has it (``worker-idle`` 0), in the
-other it is handed on to the node's worker. *Loading* is all that a ClientApp does but training: it imports the
-app, torch, transformers and peft, loads data, model and tokenizer, or calls a worker that has them. The start of
-Flower's own process is no part of it; of a round it is.
+A SuperLink and SuperNodes are processes on this machine; the client is that of ``examples/text_lora``, MiniLM with
+LoRA, from packages alone. In one arm each message has its own process, as in Flower (``worker-idle`` 0); in the
+other it is passed on to the node's worker. *Loading* is all that a ClientApp does except training: it imports the
+app, torch, transformers and peft, and loads data, model and tokenizer, or calls a worker that has them. It does
+not include the start of Flower's own process; the time of a round does.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The ledger beside the kernel's count of the fleet port: ``python -m benchmarks.wire [--full]``.
+"""The ledger compared with the kernel's count of the fleet port: ``python -m benchmarks.wire [--full]``.
 
-A SuperLink and two SuperNodes, processes that talk gRPC over loopback; 75,000 parameters with error feedback
-both ways. What the port carried is explained by the ledger's messages (`fedkit.ledger`), by what idle nodes say
-(measured before the run, when they say nothing else; how often, the SuperLink's log tells), and by the app's
-bundle, which each node fetches once. What is left is an error, in parts of what was carried.
+A SuperLink and two SuperNodes are processes that talk gRPC over loopback; 75,000 parameters with error feedback
+both ways. The traffic of the port is explained by the ledger's messages (`fedkit.ledger`), by the calls of idle
+nodes (measured before the run, when there are no others; the SuperLink's log tells how often they come), and by
+the app's bundle, which each node fetches once. The rest is an error, as a share of the traffic.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A PEFT adapter where there is no torch: a server can begin with one, and save it, without the model.
+"""A PEFT adapter without torch: a server can start from one, and save it, without having the model.
 
-The server asks one client for it, since clients have the model. What it saves is what PEFT saves:
+The server asks a client for the adapter, since the clients have the model. It saves the adapter in PEFT's format:
 ``PeftModel.from_pretrained(base_model, folder)`` reads it.
 """
 
@@ -23,24 +23,24 @@ logger = logging.getLogger(__name__)
 
 _ARRAYS, _ABOUT, _CONFIG = "arrays", "adapter", "config"
 WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"  # PEFT's
-NODE_SECONDS: Final = 600.0  # to wait for a first node
+NODE_SECONDS: Final = 600.0  # how long to wait for the first node
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as `fedkit.clients.adapters.describe` gives it."""
+    """An adapter as `fedkit.clients.adapters.describe` returns it."""
 
     arrays: NamedArrays  # by PEFT's names
     config: str  # the text of PEFT's adapter_config.json
 
     def reply(self, message: Message) -> Message:
-        """Return the answer to a server that asks for the adapter."""
+        """Return the reply to a server that asks for the adapter."""
         about = ConfigRecord({_CONFIG: self.config})
         return Message(RecordDict({_ARRAYS: from_arrays(self.arrays), _ABOUT: about}), reply_to=message)
 
     @classmethod
     def read(cls, reply: Message) -> Self:
-        """Return the adapter in a client's answer; raises ReplyError if there is none."""
+        """Return the adapter in a client's reply; raises ReplyError if there is none."""
         if reply.has_error():
             raise ReplyError(f"it answered with an error: {reply.error.reason}")
         about = reply.content.get(_ABOUT)
@@ -54,27 +54,27 @@ class Adapter:
             raise ReplyError(f"its adapter cannot be read: {error!r}.") from None
 
     def save(self, folder: Path, arrays: NamedArrays) -> None:
-        """Save `arrays`, with the names and shapes of the adapter's own, as PEFT saves an adapter."""
-        from safetensors.numpy import save_file  # here, since only a run that ends well needs it
+        """Save `arrays`, which have this adapter's names and shapes, in PEFT's format."""
+        from safetensors.numpy import save_file  # imported here: only a run that ends well needs it
 
         folder.mkdir(parents=True, exist_ok=True)
         plain = {name: np.ascontiguousarray(arrays[name]) for name in self.arrays}
         save_file(plain, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        (folder / WEIGHTS_NAME).chmod(0o644)  # it is 0600 otherwise; who may read it, the folder says
+        (folder / WEIGHTS_NAME).chmod(0o644)  # 0600 otherwise; the folder says who may read it
         (folder / CONFIG_NAME).write_text(self.config, encoding="utf-8")
 
 
 def ask_for_adapter(grid: RoundGrid, *, node_timeout: float = NODE_SECONDS, timeout: float = 3600.0) -> Adapter:
-    """Return the adapter that a client begins with; the clients are asked one by one until one answers.
+    """Return the initial adapter of a client; the clients are asked one by one until one answers.
 
-    A client answers in its `@app.query()`, see `Adapter.reply`.
+    A client answers in its `@app.query()`; see `Adapter.reply`.
 
     Parameters
     ----------
     grid : RoundGrid
-        Where the clients are.
+        The grid that reaches the clients.
     node_timeout : float
-        Seconds to wait for a first node.
+        Seconds to wait for the first node.
     timeout : float
         Seconds to wait for an answer, unless the grid's limits have a deadline.
 

@@ -1,4 +1,4 @@
-"""The vector space of named float32 arrays: parameters, adapters and updates alike."""
+"""Named float32 arrays as vectors: parameters, adapters and updates alike."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def zeros_like(like: NamedArrays) -> dict[str, NDArray[np.float32]]:
 def add(a: NamedArrays, b: NamedArrays) -> dict[str, NDArray[np.float32]]:
     """Return a + b, in float32."""
     check_same_schema(b, like=a)
-    return {name: np.asarray(a[name] + b[name]) for name in a}  # an array, too, where it has no dimensions
+    return {name: np.asarray(a[name] + b[name]) for name in a}  # keeps an array even without dimensions
 
 
 def subtract(a: NamedArrays, b: NamedArrays) -> dict[str, NDArray[np.float32]]:
@@ -47,7 +47,7 @@ def squared_norm(arrays: NamedArrays) -> float:
 
 
 def num_values(arrays: NamedArrays) -> int:
-    """Return how many entries there are in all."""
+    """Return the total number of entries."""
     return sum(array.size for array in arrays.values())
 
 
@@ -110,7 +110,7 @@ def check_same_schema(arrays: NamedArrays | Mask, *, like: NamedArrays | Mask) -
 
 
 def all_finite(array: NDArray[np.float32]) -> bool:
-    """Return whether no entry is NaN or infinite; looks at so many at a time that no large array is made."""
+    """Return whether no entry is NaN or infinite; checks chunk by chunk, without a large temporary."""
     flat = array.reshape(-1)
     return all(np.isfinite(flat[start : start + 2**15]).all() for start in range(0, flat.size, 2**15))
 

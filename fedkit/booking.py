@@ -1,4 +1,4 @@
-"""Messages into the ledger, under the names of the clients that sent them or are sent them."""
+"""Enters messages in the ledger, under the names of the clients that sent or receive them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Booking:
         self._clients: dict[int, str] = {}  # by node id
 
     def meet(self, reply: Message) -> None:
-        """Take note of which client a node is, if its reply says so."""
+        """Record which client a node is, if its reply says so."""
         with suppress(ReplyError):
             self._clients[reply.metadata.src_node_id] = read_report(reply.content).client_id
 
@@ -39,6 +39,6 @@ class Booking:
         )
 
     def name(self, node_id: int) -> str:
-        """Return what a node is called in the log."""
+        """Return the name of a node in the log."""
         client = self._clients.get(node_id)
         return f"node {node_id}" if client is None else f"node {node_id} (client {client})"

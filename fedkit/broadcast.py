@@ -1,19 +1,20 @@
-"""The downlink: both sides rebuild the same arrays from coded changes.
+"""The downlink: server and clients rebuild the same arrays from coded changes.
 
-The server never sends what it computed; it codes the change from what the clients have, decodes that itself, and
-goes on with the arrays that the clients can rebuild. What coding lost is carried into the next change, so that
-nothing is lost for good. The arrays after each change are a *version*, named by the running hash of its frames:
+The server never sends the arrays that it computed. It codes the change from the arrays that the clients have,
+decodes that change itself, and continues with the arrays that the clients can rebuild. What coding lost is carried
+into the next change, so that nothing is lost for good. The arrays after each change are a *version*, named by the
+running hash of its frames:
 
 ================================  ===========================================
 the node said it holds            it is sent
 ================================  ===========================================
 a version still remembered        the changes since
-nothing, or a version too old     all changes from the first, whose frame brings names and shapes
-                                  along; a dense snapshot once that is smaller
+nothing, or a version too old     all changes from the first, whose frame includes names and shapes;
+                                  a dense snapshot once that is smaller
 ================================  ===========================================
 
-A node that is ahead of what it said (its reply was lost) skips the changes it has. One that has none of these
-versions says so with an error reply, and is sent everything next time.
+A node that is ahead of the version it said it holds (its reply was lost) skips the changes it has. A node that has
+none of these versions says so with an error reply, and is sent everything next time.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from fedkit.memory import GENESIS, chain
 from fedkit.parcel import Parcel
 
 TWO_BITS: Final = Codec(EntropyConstrained(2.0))
-"""Loses little, which is sent later: 5 to 10 % of the squared norm of each change."""
+"""Loses 5 to 10 % of the squared norm of each change, which is sent later."""
 ALL_NONZERO: Final = Codec(sparsifier=Nonzero())
-"""Loses nothing, and leaves out zeros, such as the fresh half of all LoRA factors."""
+"""Lossless; leaves out zeros, such as the half of all LoRA factors that is initially zero."""
 
 _ARRAYS: Final = "received.arrays"
 _VERSION: Final = "received.version"
@@ -46,7 +47,7 @@ _VERSION: Final = "received.version"
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """What the clients can rebuild, and how to bring each of them there; a plain value.
+    """The arrays that the clients can rebuild, and how to bring each client there; a plain value.
 
     Parameters
     ----------
@@ -70,7 +71,7 @@ class Broadcast:
 
     @classmethod
     def begin(cls, codec: Codec, initial: NamedArrays, first: Codec, rng: np.random.Generator) -> Broadcast:
-        """Return the first version: `initial`, as `first` codes it. What that loses is not carried on."""
+        """Return the first version: `initial` as coded by `first`. What that loses is not carried on."""
         frame = encode_snapshot(initial, first, rng=rng)
         arrays = decode_snapshot(frame)
         return cls(codec, arrays, zeros_like(arrays), (frame,), (GENESIS, chain(GENESIS, frame)))
@@ -131,7 +132,7 @@ def receive(parcel: Parcel, state: MutableMapping[str, bytes]) -> NamedArrays:
     """
     versions = list(accumulate(parcel.frames, chain, initial=parcel.base))
     if parcel.base == GENESIS:
-        versions[-1] = parcel.version  # a snapshot stands for all changes before it
+        versions[-1] = parcel.version  # a snapshot replaces all changes before it
     held, arrays = held_version(state), _load(state)
     at = versions.index(held) if arrays is not None and held in versions else None
     if versions[-1] != parcel.version or (at is None and parcel.base != GENESIS):

@@ -1,7 +1,7 @@
 """Calls of a ClientApp from one process to another of the same user, over a Unix socket.
 
-The sockets lie in a folder that only their user can enter, and either side asks the kernel who is at the other
-end. What travels are lists of byte strings, a message and its Context as Flower itself sends them.
+The sockets are in a folder that only their user can enter, and each side asks the kernel who is at the other end.
+What is sent are lists of byte strings: a message and its Context, as Flower itself sends them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def receive_exactly(connection: socket.socket, size: int) -> bytes:
 
 
 def check_user(connection: socket.socket) -> None:
-    """Raise StateError if the process at the other end is another user's; where that is known, on Linux."""
+    """Raise StateError if the process at the other end is another user's; checked only on Linux."""
     if sys.platform == "linux":
         size = struct.calcsize("3i")
         _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
@@ -74,14 +74,14 @@ def check_user(connection: socket.socket) -> None:
 
 
 def private_folder() -> Path:
-    """Return the folder for this user's sockets; it exists.
+    """Return the folder for this user's sockets; create it if needed.
 
     Raises
     ------
     StateError
-        If it is not this user's alone.
+        If it does not belong to this user alone.
     OSError
-        If it cannot be made.
+        If it cannot be created.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     known = runtime and Path(runtime).is_dir()
@@ -95,9 +95,9 @@ def private_folder() -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time into the block."""
+    """Let only one process at a time into the block."""
     with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, and so with the process
+        fcntl.flock(file, fcntl.LOCK_EX)  # released with the file, and so with the process
         yield
 
 

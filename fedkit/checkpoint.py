@@ -1,7 +1,7 @@
-"""What the server remembers: plain values as one file, replaced after every round.
+"""Checkpoints of the server's state: plain values in one file, replaced after every round.
 
-A tree is made of dicts, lists, tuples, numbers, strings, bytes, arrays and the dataclasses that the reader names.
-The file is numpy's archive: the arrays, and the tree that holds them as JSON. Nothing in it is ever executed.
+A tree consists of dicts, lists, tuples, numbers, strings, bytes, arrays and the dataclasses that the reader names.
+The file is a numpy archive of the arrays and, as JSON, the tree that holds them. Nothing in it is ever executed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def save(folder: Path, tree: Mapping[str, Tree]) -> None:
     Raises
     ------
     StateError
-        If it cannot be written; the former one is still there then.
+        If it cannot be written; the former one is kept then.
     """
     arrays: dict[str, NDArray[Any]] = {}
     text = json.dumps({"format": FORMAT, "tree": _plain(tree, arrays)})
@@ -60,7 +60,7 @@ def load(folder: Path, *types: type) -> dict[str, Tree] | None:
 
 
 def _plain(value: Tree, arrays: dict[str, NDArray[Any]]) -> Any:
-    """Return a tree as JSON has it, its arrays put into `arrays`; what JSON lacks becomes ``{"KIND": ...}``."""
+    """Return a tree as JSON values, its arrays put into `arrays`; types that JSON lacks are ``{"KIND": ...}``."""
 
     def kept(array: NDArray[Any]) -> str:
         name = str(len(arrays))

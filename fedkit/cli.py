@@ -1,9 +1,10 @@
 """The `fedkit` command.
 
-`fedkit run APP_DIR` runs a Flower App, once per strategy and seed, one *arm* after the other, and compares them:
-in simulation, or with `--superlink NAME` at a SuperLink that Flower's config names. Every arm leaves a directory
-with `run.json` (what was asked), `rounds.jsonl` (what happened) and `flower.log`. `fedkit plan` says before what a
-run will cost, `fedkit resume RUN` takes up what was interrupted, `fedkit report RUN` makes a page of it.
+`fedkit run APP_DIR` runs a Flower App once per strategy and seed, one such *arm* after the other, and compares the
+arms: in simulation, or with `--superlink NAME` at a SuperLink named in Flower's config. Every arm leaves a
+directory with `run.json` (what was asked), `rounds.jsonl` (what happened) and `flower.log`. `fedkit plan`
+estimates what a run will cost, `fedkit resume RUN` continues an interrupted run, `fedkit report RUN` makes a page
+about it.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ from fedkit.submit import Connection
 from fedkit.trackers import TRACKERS, check_trackers, tracking
 
 REPORT = "report.html"
-RUN_MARK = "FEDKIT_RUN"  # in the environment of all that a command starts: the folder
+RUN_MARK = "FEDKIT_RUN"  # an environment variable of all that a command starts: the run's folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0; 1: a run failed, or `doctor` found a problem; 2: a wrong option; 130."""
+    """Run the command; return 0; 1: run failed, or `doctor` found a problem; 2: wrong option; 130: interrupted."""
     arguments = build_parser().parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        # An exception, so that every `with` and `finally` runs; the exit code is a shell's.
+        # An exception, so that every `with` and `finally` runs; the exit code is as in a shell.
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         return COMMANDS[arguments.command](arguments) or 0
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def complain(text: str, error: BaseException) -> None:
-    """Print what is wrong, and the notes that say what to do."""
+    """Print what is wrong, and the notes on what to do."""
     print("\n".join([f"fedkit: {text}", *getattr(error, "__notes__", [])]), file=sys.stderr)
 
 
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def new_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
-    """Return what the options of `fedkit run` ask for, and its folder as the user calls it; raises ConfigError."""
+    """Return the plan that the options of `fedkit run` ask for, and its folder as given; raises ConfigError."""
     app, defaults = read_app(arguments.app_dir)
     out = arguments.out or unused(Path("fedkit-runs", f"{app}-{time.strftime('%Y%m%d-%H%M%S')}"))
     arms = plan_arms(arguments, defaults, out.resolve())
@@ -98,7 +99,7 @@ def new_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
 
 
 def foresee(arguments: argparse.Namespace) -> None:
-    """Carry out `fedkit plan`: print what a run will cost; keep it with the run, or with the plan of one to come.
+    """Carry out `fedkit plan`: print what a run will cost; save it with that run, begun or still to come.
 
     Raises
     ------
@@ -125,7 +126,7 @@ def foresee(arguments: argparse.Namespace) -> None:
 
 
 def resume(arguments: argparse.Namespace) -> None:
-    """Carry out `fedkit resume`: run what a `fedkit run` left, and compare as if nothing had happened.
+    """Carry out `fedkit resume`: run what a `fedkit run` left undone, and compare as if nothing had happened.
 
     Raises as `run`.
     """
@@ -140,7 +141,7 @@ def resume(arguments: argparse.Namespace) -> None:
             if plan.fedkit != version("fedkit"):
                 versions = f"fedkit {plan.fedkit}, this is {version('fedkit')}"
                 print(f"fedkit: warning: this run was begun with {versions}: results may differ.", file=sys.stderr)
-            end_processes(f"{RUN_MARK}={plan.folder}")  # of a command that was killed before it could end them
+            end_processes(f"{RUN_MARK}={plan.folder}")  # left by a command that was killed before ending them
         carry_out(plan, arms, out)
 
 
@@ -165,7 +166,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def carry_out(plan: Plan, arms: Sequence[Arm], out: Path) -> None:
-    """Run the arms that are not completed and show all; compare, once no arm of the plan is left."""
+    """Run the arms that are not completed and show all arms; compare them once the whole plan is completed."""
     console = Console(highlight=False)
     left = [arm for arm in arms if not completed(arm)]
     for arm in (arm for arm in arms if arm not in left):
@@ -206,7 +207,7 @@ def run_arms(console: Console, plan: Plan, arms: Sequence[Arm]) -> None:
 
 
 def in_turn(*takers: Callable[[Row], None]) -> Callable[[Row], None]:
-    """Return what hands a round to each of some callables."""
+    """Return a callable that passes each round to all of `takers`."""
 
     def take(row: Row) -> None:
         for taker in takers:
@@ -216,7 +217,7 @@ def in_turn(*takers: Callable[[Row], None]) -> Callable[[Row], None]:
 
 
 def superlink_of(plan: Plan) -> Connection:
-    """Return where a plan's arms run."""
+    """Return the SuperLink connection that runs a plan's arms."""
     if plan.superlink:
         return Connection(plan.superlink)
     settings = {STATE_DIR: str(plan.folder / "clients"), RUN_MARK: str(plan.folder)}
@@ -225,7 +226,7 @@ def superlink_of(plan: Plan) -> Connection:
 
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """Say of whatever ends a run how to take it up."""
+    """Add to any error that ends a run how to resume it."""
     try:
         yield
     except BaseException as error:

@@ -30,16 +30,16 @@ class RunConfig:
     """The keys that every fedkit app understands."""
 
     strategy: str = "aquila"  # a name that `fedkit.strategies.build` knows
-    strategy_options: str = ""  # of its constructor: pairs as of `--run-config`, "rate=0.5 missing='mifa'"
+    strategy_options: str = ""  # for its constructor; pairs as in `--run-config`: "rate=0.5 missing='mifa'"
     num_rounds: int = 10
-    num_clients: int = 10  # nodes in simulation; elsewhere how many the server waits for
+    num_clients: int = 10  # nodes in simulation; in deployment, how many the server waits for
     seed: int = 0
     drop: float = 0.0  # probability that a reply is lost, for experiments
-    quorum: float = 0.0  # of a round, with `grace` and `deadline`: see `fedkit.limits.Limits`
+    quorum: float = 0.0  # of a round; for this, `grace` and `deadline` see `fedkit.limits.Limits`
     grace: float = -1.0  # seconds; below 0: until the deadline
-    deadline: float = 0.0  # seconds; 0: Flower's hour
-    faults: str = ""  # what else goes wrong, for experiments: the JSON of a `fedkit.faults.Faults`
-    run_dir: str = ""  # of the server, see `folder`
+    deadline: float = 0.0  # seconds; 0: Flower's default of an hour
+    faults: str = ""  # other faults, for experiments: the JSON of a `fedkit.faults.Faults`
+    run_dir: str = ""  # of the server; see `folder`
 
     def __post_init__(self) -> None:
         if self.num_rounds < 1:
@@ -55,16 +55,16 @@ class RunConfig:
     def folder(self) -> Path | None:
         """Where the server writes rounds.jsonl, its checkpoint and the model; None: nowhere.
 
-        A relative `run-dir` is one in the folder that the server's environment names as `FEDKIT_RUNS_DIR`.
+        A relative `run-dir` is relative to the folder in the server's environment variable `FEDKIT_RUNS_DIR`.
         """
         return Path(os.environ.get(RUNS_DIR, ""), self.run_dir) if self.run_dir else None
 
     def limits(self) -> Limits:
-        """Return how long a round may last, and what it is worth."""
+        """Return how long a round may last, and how many replies it needs."""
         return Limits(self.quorum, self.grace if self.grace >= 0 else None, self.deadline or None)
 
     def schedule(self, **more: Any) -> Faults:
-        """Return what goes wrong: `faults`, or nothing; with `drop`, if that is set, and `more` fields."""
+        """Return the fault schedule: `faults`, or none; with `drop`, if that is set, and the fields in `more`."""
         faults = Faults.from_json(self.faults) if self.faults else Faults(seed=self.seed)
         if self.drop:
             more["drop"] = self.drop
@@ -77,7 +77,7 @@ def parse(cls: type[T], run_config: Mapping[str, Scalar]) -> T:
     Raises
     ------
     ConfigError
-        For an unknown key, naming the nearest known one, and for a value of another type than its field's.
+        For an unknown key, naming the nearest known one, and for a value whose type is not its field's.
     """
     types = get_type_hints(cls)
     keys = {name for name, kind in types.items() if get_origin(kind) is not ClassVar}
@@ -146,7 +146,7 @@ def _split_pairs(text: str) -> list[str]:
 
 
 def as_type(key: str, value: Scalar, expected: type) -> Scalar:
-    """Return a value of the expected type, an int as a float where that is expected; else raise ConfigError."""
+    """Return the value if it has the expected type, an int as float if needed; else raise ConfigError."""
     if expected is float and type(value) is int:
         return float(value)
     if type(value) is not expected:

@@ -1,4 +1,4 @@
-"""What is shown on a terminal: an arm while it runs and after it, and what `fedkit doctor` finds."""
+"""Terminal output: an arm during and after its run, and the findings of `fedkit doctor`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SIGNS: Final = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[r
 
 
 def finding_line(finding: Finding) -> str:
-    """Return a finding, and on a line of its own what to do, in Rich's markup."""
+    """Return a finding and, on a separate line, what to do, in Rich's markup."""
     line = f"{SIGNS[finding.level]} [bold]{escape(finding.what)}[/]: {escape(finding.found)}"
     return f"{line}\n    {escape(finding.advice)}" if finding.advice else line
 
 
 def show(console: Console, arm: Arm, warnings: Sequence[str] = ()) -> None:
-    """Print what happened in an arm, and what to know of it."""
+    """Print what happened in an arm, and the warnings about it."""
     rows = read_rounds(arm.run_dir / ROUNDS)
     console.print(round_table(rows, arm.title))
     if (missing := missing_table(rows)) is not None:
@@ -40,9 +40,9 @@ def show(console: Console, arm: Arm, warnings: Sequence[str] = ()) -> None:
 
 @contextmanager
 def live_display(console: Console, arm: Arm) -> Iterator[Callable[[Row], None]]:
-    """Yield an `on_round` that shows how an arm gets on: a bar on a terminal, elsewhere a line per round."""
+    """Yield an `on_round` that shows an arm's progress: a bar on a terminal, elsewhere a line per round."""
     num_rounds = int(arm.config["num-rounds"])
-    rows = read_rounds(arm.run_dir / ROUNDS)  # of a run that is resumed; the last one may be run again
+    rows = read_rounds(arm.run_dir / ROUNDS)  # of a resumed run; its last round may be run again
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[news]}")
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
         done = rows[-1]["round"] if rows else 0

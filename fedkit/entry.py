@@ -1,9 +1,9 @@
-"""One message in the ledger: what it weighs, from the ideal bits to the socket, and what became of it.
+"""One message in the ledger: its sizes, from the ideal bits to the socket, and what became of it.
 
 From objects to the socket
 --------------------------
-In a deployment over gRPC, a SuperNode asks the SuperLink for each object of a message in a call of its own, and
-pushes each object of its reply in another; each call has a request up and a response down. With n objects:
+In a deployment over gRPC, a SuperNode fetches each object of a message from the SuperLink in a call of its own,
+and pushes each object of its reply in another; each call has a request up and a response down. With n objects:
 
 ==========  =====  =========================================  ==========================================
 message     calls  besides calls and objects, up              besides calls and objects, down
@@ -14,15 +14,15 @@ uplink      n + 1  186 n + 205: tree of ids, metadata; id,    68 n + 110: ids to
                    run, session and protobuf in n requests
 ==========  =====  =========================================  ==========================================
 
-An id is 64 hexadecimal digits. `CALL` is what a call costs besides, in bytes, read from the HTTP/2 frames:
+An id is 64 hexadecimal digits. `CALL` is the overhead of a call in bytes, read from the HTTP/2 frames:
 
 - up: headers 514, DATA with the node's id 27, two WINDOW_UPDATE 26, PING 9. All but 10 of the headers are literals
   that Flower sends again with each call: the node's public key as PEM, its signature, the time, Flower's version.
 - down: headers and trailers 37, DATA 14, WINDOW_UPDATE 12, PING 9.
 
-Of calls that follow each other, half come with a PING and an answer, 17 bytes each, in both directions; of those
-that idle nodes make, all do: about 602 bytes up and 98 down. `Entry.socket` is this sum; it is too high where
-Flower need not send an object that the other side has, such as the same metrics of two clients.
+Of successive calls, half come with a PING and an answer, 17 bytes each, in both directions; of the calls of idle
+nodes, all do: about 602 bytes up and 98 down. `Entry.socket` returns this sum. It is too high where Flower need
+not send an object that the other side already has, such as equal metrics of two clients.
 ``python -m benchmarks.wire`` compares it with the kernel's count.
 """
 
@@ -35,32 +35,32 @@ from fedkit.sockets import Traffic
 
 Direction: TypeAlias = Literal["uplink", "downlink"]
 Fate: TypeAlias = Literal["", "skip", "rejected", "error", "lost", "late"]
-"""What became of a reply: used, as far as is known; nothing in it, by choice; refused; an error; withheld by the
-fault schedule; too late, and dropped."""
+"""What became of a reply: used, as far as known; skipped by choice; refused; an error; withheld by the fault
+schedule; too late, and dropped."""
 CALL: Final = Traffic(received=576, sent=72)  # flwr 1.39.0 over gRPC, without TLS
 
 
 @dataclass(slots=True)
 class Entry:
-    """One message that was sent. Each size holds the one before it.
+    """One message that was sent. Each of its sizes includes the next smaller one.
 
-    What is between frames and objects is Flower's: the records' names, the app's config and metrics, and about
-    60 bytes for each object. What is between objects and the socket is calls: see `socket`.
+    The difference between frames and objects is Flower's overhead: the records' names, the app's config and
+    metrics, and about 60 bytes for each object. Between objects and the socket it is calls: see `socket`.
     """
 
     server_round: int
-    client: str  # its id; its node id until it has answered once
+    client: str  # its id; the node id until it has answered once
     node_id: int
     direction: Direction
     kind: str  # Flower's message type: train or evaluate
-    object_bytes: int  # all of Flower's objects of the message
+    object_bytes: int  # all of the message's Flower objects
     frame_bytes: int  # the data of its arrays
-    objects: int  # how many, each with a call of its own
+    objects: int  # number of objects, each with a call of its own
     ideal_bits: float = 0.0  # order-0 entropy of what the frames hold; 0 if unknown
     fate: Fate = ""  # of an upload
 
     def socket(self, call: Traffic = CALL) -> Traffic:
-        """Return what the message makes the SuperLink's socket carry; see the module's docstring."""
+        """Return the traffic of the message on the SuperLink's socket; see the module's docstring."""
         n = self.objects
         if self.direction == "downlink":
             calls, up, down = n + 2, 76 * (n + 1), self.object_bytes + 76 * n + 129

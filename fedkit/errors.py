@@ -11,11 +11,11 @@
     ├── VersionError                 a client that cannot rebuild the server's arrays
     ├── ReplyError                   one node's reply that cannot be used
     ├── QuorumError                  too few nodes, for too long
-    ├── CrashError                   a crash of the server that a fault schedule wants
+    ├── CrashError                   a crash of the server that a fault schedule asks for
     ├── MemoryBudgetError            a client that would take more memory than its device has for it
-    ├── StateError                   what must be remembered cannot be written or read
+    ├── StateError                   state that cannot be written or read
     └── LaunchError                  a Flower process that did not start, or a run that failed
-        └── OutcomeError             a run that ended as if all were well, and is of no use
+        └── OutcomeError             a run that ended without an error, but is of no use
 """
 
 from typing import Final
@@ -42,7 +42,7 @@ LACKING: Final = (
     "the ClientApp lacks this strategy's mod, or has another before it that needs arrays: "
     "give it mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()], or the one of them, first."
 )
-"""Of a node whose mods, or whose app, were given a frame instead of arrays."""
+"""What to say about a node whose mods, or whose app, got a frame instead of arrays."""
 
 
 class FedkitError(Exception):
@@ -82,7 +82,7 @@ class QuorumError(FedkitError):
 
 
 class CrashError(FedkitError):
-    """A crash of the server that a fault schedule wants."""
+    """A crash of the server that a fault schedule asks for."""
 
 
 class MemoryBudgetError(FedkitError):
@@ -90,7 +90,7 @@ class MemoryBudgetError(FedkitError):
 
 
 class StateError(FedkitError):
-    """What must be remembered cannot be written or read."""
+    """State that cannot be written or read."""
 
 
 class LaunchError(FedkitError):
@@ -98,4 +98,4 @@ class LaunchError(FedkitError):
 
 
 class OutcomeError(LaunchError):
-    """A run that ended as if all were well, and is of no use: its app needs mending, and another run."""
+    """A run that ended without an error, but is of no use: the app must be fixed and run again."""

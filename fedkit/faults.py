@@ -1,24 +1,25 @@
-"""A seeded schedule of what goes wrong, one value for the in-process grid, simulation and deployment.
+"""Seeded fault schedules: one value for the in-process grid, simulation and deployment.
 
-A schedule is a function of its fields, the round and the client, and of nothing else: not of the order of calls,
-the process or the machine. So a run can be repeated, and two runs can be compared under the same losses.
+A schedule depends on its fields, the round and the client, and on nothing else: not on the order of calls, the
+process or the machine. So a run can be repeated, and two runs can be compared under the same losses.
 
 =======================  ==========================================================================================
 field of `Faults`        what it does
 =======================  ==========================================================================================
 `drop`                   probability that a reply is lost, independently of the others
 `groups`                 instead, for clients whose id matches a shell pattern (``[0-4]``); of several, the largest
-`rates`                  instead, for single clients by id, whatever their groups
-`bursts`                 besides, a client loses several replies in a row
+`rates`                  instead of both, for single clients by id
+`bursts`                 in addition, a client loses several replies in a row
 `late`, `mean_delay`     probability that a reply is late; by how many seconds on average (exponential)
 `duplicate`              probability that a reply arrives twice
 `client_crash`           probability that a client crashes: it forgets what is in memory and does not answer
 `server_crash_rounds`    the rounds in which the server crashes
-`events`                 what happens besides, one by one: a recorded trace
-`seed`, `start_round`    of all draws; the first round in which anything is drawn
+`events`                 additional single events: a recorded trace
+`seed`, `start_round`    the seed of all draws; the first round in which anything is drawn
 =======================  ==========================================================================================
 
-Each kind has its own stream: switching one on leaves the others as they were. Who applies them lets the worst win.
+Each kind has its own random stream: switching one on leaves the others as they were. If several faults coincide,
+the worst wins.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from fedkit.errors import ConfigError
 
 T = TypeVar("T", "Bursts", "Event", "Faults")
 Probability: TypeAlias = float
-# How the seeds of each kind end; not with 0, for NumPy fills up with zeros. Lost replies came first, with nothing.
+# The end of each kind's seeds; never 0, since NumPy pads with zeros. Lost replies came first, with nothing.
 _STREAMS: Final = {"lost": (), "chain": (1,), "burst": (2,), "late": (3,), "duplicate": (4,), "crash": (5,)}
 
 
@@ -85,7 +86,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """A schedule, by default of nothing. Fields: see the module; ConfigError names one that can never work."""
+    """A schedule, by default without faults. Fields: see the module; ConfigError names an invalid one."""
 
     drop: Probability = 0.0
     seed: int = 0
@@ -103,7 +104,7 @@ class Faults:
 
     def __post_init__(self) -> None:
         _validate(self)
-        object.__setattr__(self, "rates", dict(self.rates))  # copies: nobody else may change a schedule
+        object.__setattr__(self, "rates", dict(self.rates))  # copies, so that nobody else can change a schedule
         object.__setattr__(self, "groups", dict(self.groups))
         kinds = ("lost", "delay", "duplicate", "crash")
         said = {(kind, e.round, e.client): v for e in self.events for kind in kinds if (v := getattr(e, kind))}
@@ -111,7 +112,7 @@ class Faults:
 
     @classmethod
     def from_json(cls, text: str) -> Faults:
-        """Return the schedule of a JSON object with any of the fields, such as `to_json` writes."""
+        """Return the schedule in a JSON object with any of the fields, as `to_json` writes it."""
         try:
             given = json.loads(text)
         except ValueError as error:
@@ -119,12 +120,12 @@ class Faults:
         return _build(cls, given, "faults")
 
     def to_json(self) -> str:
-        """Return the schedule as one line of JSON, without the fields at their defaults."""
+        """Return the schedule as one line of JSON, without fields that have their default."""
         return json.dumps(self, default=_plain)
 
     @classmethod
     def from_trace(cls, path: str | Path) -> Faults:
-        """Return the schedule in which the events of a file of JSON lines happen, and nothing else."""
+        """Return the schedule that has exactly the events of a JSON Lines file."""
         try:
             events = [json.loads(line) for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
         except (OSError, ValueError) as error:
@@ -132,7 +133,7 @@ class Faults:
         return _build(cls, {"events": events}, str(path))
 
     def trace(self, rounds: Iterable[int], clients: Iterable[str]) -> str:
-        """Return what happens to the server and these clients in these rounds, as JSON lines for `from_trace`.
+        """Return what happens to the server and these clients in these rounds, as JSON Lines for `from_trace`.
 
         >>> print(Faults(rates={"7": 1.0}).trace([3], ["6", "7"]), end="")
         {"round": 3, "client": "7", "lost": true}
@@ -163,7 +164,7 @@ class Faults:
         seconds = self._said.get(("delay", server_round, client_id), 0.0)
         if self._happens("late", self.late, server_round, client_id):
             u = _rng("late", self.seed, server_round, client_id).random(2)[1]  # the first decided whether
-            drawn = round(-self.mean_delay * math.log1p(-u), 6)  # a logarithm's last digit is the machine's
+            drawn = round(-self.mean_delay * math.log1p(-u), 6)  # a logarithm's last digit depends on the machine
             seconds = max(seconds, min(drawn, 1e9))
         return seconds
 
@@ -203,7 +204,7 @@ def _is_number(value: object, most: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
-_LAWS: Final[dict[str, tuple[str, Callable[[Any], bool]]]] = {  # what a field's annotation promises
+_LAWS: Final[dict[str, tuple[str, Callable[[Any], bool]]]] = {  # what a field's annotation requires
     "Probability": ("a probability, 0 to 1", lambda v: _is_number(v, 1)),
     "float": ("seconds, 0 to 1e9", lambda v: _is_number(v, 1e9)),
     "int": ("a whole number, 0 or more", lambda v: isinstance(v, int) and _is_number(v, math.inf)),
@@ -244,5 +245,5 @@ def _build(cls: type[T], given: Any, where: str) -> T:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _plain(value: Any) -> dict[str, Any]:  # without what is as by default
+def _plain(value: Any) -> dict[str, Any]:  # without fields at their defaults
     return {f.name: v for f in fields(value) if f.init and (v := getattr(value, f.name)) not in (f.default, {})}

@@ -1,4 +1,4 @@
-"""A Grid on which things go wrong by a schedule: replies are lost, late or doubled; nodes and the server crash."""
+"""A Grid with scheduled faults: replies are lost, late or duplicated; nodes and the server crash."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class Restartable(Protocol):
     """A Grid whose nodes can lose what they hold in memory."""
 
     def restart(self, node_id: int) -> None:
-        """Let a node start anew."""
+        """Restart a node, without what it held in memory."""
 
 
 class FaultyGrid(GridWrapper):
-    """Hands messages on, and replies as the schedule wants.
+    """Passes messages on, and replies as the schedule has it.
 
-    A lost reply is answered at once as Flower answers for a node that went offline, so that nobody waits for it.
+    A lost reply is replaced at once by Flower's answer for a node that went offline, so that nobody waits for it.
     A crash of a client loses its reply and, where nodes are restartable, its memory.
 
     Parameters
     ----------
     inner : Grid
-        Where messages really go.
+        The Grid that messages are passed on to.
     faults : Faults
         The schedule.
     now : callable
-        Returns seconds since some moment.
+        Returns seconds since some fixed moment.
     lost : callable
-        Is given each reply that is withheld.
+        Called with each reply that is withheld.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class FaultyGrid(GridWrapper):
         self._last_round: int | None = None
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages; raise CrashError where the schedule has the server crash, unless it was just resumed."""
+        """Send messages; raise CrashError if the schedule has the server crash, unless it was just resumed."""
         messages = list(messages)
         if messages:
             server_round, before = round_of(messages[0]), self._last_round
@@ -62,7 +62,7 @@ class FaultyGrid(GridWrapper):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that the schedule lets through by now."""
+        """Return the replies that the schedule has let through by now."""
         wanted = set(message_ids)
         self._asked = {key: asked for key, asked in self._asked.items() if key in wanted}  # others were given up
         held = {reply.metadata.reply_to_message_id for _, reply in self._held}
@@ -76,9 +76,9 @@ class FaultyGrid(GridWrapper):
         return replies
 
     def _judge(self, asked: Message, reply: Message) -> list[Message]:
-        """Return what comes of a reply at once."""
+        """Return what is delivered at once for a reply."""
         if not asked.content.array_records:
-            return [reply]  # only a question who this is
+            return [reply]  # only asks which client this is
         server_round, client = round_of(asked), _client_of(reply)
         crashed = self.faults.client_crashes(server_round, client)
         if crashed and isinstance(self.inner, Restartable):
@@ -95,7 +95,7 @@ class FaultyGrid(GridWrapper):
 
 
 def _client_of(reply: Message) -> str:
-    """Return the client that a reply says it is from; of other strategies' replies, the node."""
+    """Return the client that a reply says it is from; for other strategies' replies, the node."""
     try:
         return read_report(reply.content).client_id
     except (ReplyError, ValueError):

@@ -1,7 +1,7 @@
-"""Files that outlive a crash.
+"""Files that survive a crash.
 
-An archive, named arrays in numpy's own format, and a JSON value are replaced in one step: they are there whole or
-not at all. Lines of JSON are appended; what was not finished is cut off when the file is taken up again.
+An archive (named arrays in numpy's own format) and a JSON value are replaced atomically: they are there whole or
+not at all. Lines of JSON are appended; an unfinished line is cut off when the file is reopened.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedkit.errors import StateError
 
 
 def write_archive(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write `arrays` as an ``.npz`` file; until all of it is on the disk, the former file stays.
+    """Write `arrays` as an ``.npz`` file; the former file stays until all of it is on disk.
 
     Raises
     ------
@@ -34,7 +34,7 @@ def write_archive(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON value, for people to read too; until all of it is on the disk, the former file stays.
+    """Write a JSON value, indented to be readable; the former file stays until all of it is on disk.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def read_archive(path: Path) -> dict[str, NDArray[Any]] | None:
 
 
 def append_lines(path: Path, lines: Iterable[Mapping[str, Any]], *, anew: bool = False) -> int:
-    """Append lines of JSON, or replace all by them; return the size of the file in bytes. Raises StateError."""
+    """Append lines of JSON, or replace all with them; return the file's size in bytes. Raises StateError."""
     try:
         with path.open("w" if anew else "a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -83,12 +83,12 @@ def append_lines(path: Path, lines: Iterable[Mapping[str, Any]], *, anew: bool =
 
 
 def put_line(path: Path, line: Mapping[str, Any], *, key: str) -> None:
-    """Append a line of JSON, in place of those whose `key` is not below its own, and of one that is not whole.
+    """Append a line of JSON; it replaces lines whose `key` is not below its own, and an incomplete last one.
 
     Raises
     ------
     StateError
-        If the disk is full, or the folder cannot be written; what was there is still there then.
+        If the disk is full, or the folder cannot be written; the former lines are kept then.
     """
     # Lines ascend: the last one says whether this belongs behind it.
     if (last := _last_line(path)) is None or (last.endswith(b"\n") and json.loads(last)[key] < line[key]):
@@ -116,12 +116,12 @@ def _last_line(path: Path) -> bytes | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file, but for one at the end that is not whole."""
+    """Return the lines of a file, except for an incomplete one at the end."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def take_up(path: Path, size: int) -> list[dict[str, Any]]:
-    """Return the lines that a file had when its size was `size` bytes, and cut off what came later.
+    """Return the lines that a file had when its size was `size` bytes, and cut off what was appended later.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def take_up(path: Path, size: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a file that takes the place of `path`, once all of it is on the disk. Raises StateError."""
+    """Yield a file that replaces `path` once all of it is on disk. Raises StateError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a renaming last through a loss of power."""
+    """Make a renaming survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,6 +1,6 @@
-"""The one module that knows how Flower's versions differ, and what of Flower is not public.
+"""The one module that knows how Flower's versions differ, and that uses non-public parts of Flower.
 
-Tried with flwr 1.39.0 (SuperNodes speak gRPC) and 1.41.0 (HTTP).
+Tested with flwr 1.39.0 (SuperNodes speak gRPC) and 1.41.0 (HTTP).
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ __all__ = [
 ]
 
 FLEET_IS_GRPC: Final = [int(part) for part in version("flwr").split(".")[:2]] < [1, 40]
-"""Whether SuperNodes speak gRPC, at a port of the SuperLink's own for it; if not, HTTP at its only port."""
+"""Whether SuperNodes speak gRPC, at a separate port of the SuperLink; if not, HTTP at its only port."""
 
-_RAISED: Final = 2  # of flwr's private ErrorCode, as the next two
+_RAISED: Final = 2  # from flwr's private ErrorCode, as are the next two
 _UNAVAILABLE: Final = range(3, 6)  # message, reply or node unavailable
 _MOD_FAILED_PRECONDITION: Final = 6
 
 
 class _FlowersLog(logging.Handler):
-    """Writes what fedkit logs where Flower's own lines go: to the stream of a run, too."""
+    """Writes fedkit's log records where Flower's own go, including the log stream of a run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand a record on."""
+        """Pass a record on."""
         for handler in logging.getLogger("flwr").handlers:
             if record.levelno >= handler.level:
                 handler.handle(record)
@@ -74,13 +74,13 @@ logging.getLogger("fedkit").setLevel(logging.INFO)
 
 def deflate(message: Message) -> tuple[str, dict[str, bytes]]:
     """Return the id of a message and all its objects, by id, as Flower sends them."""
-    with no_object_id_recompute():  # as Flower does; without it, an object is hashed again for each one around it
+    with no_object_id_recompute():  # as Flower does; else an object is hashed again for each one around it
         objects = {object_id: item.deflate() for object_id, item in get_all_nested_objects(message).items()}
         return message.object_id, objects
 
 
 def inflate(object_id: str, objects: dict[str, bytes], *, message_id: str = "") -> Message:
-    """Return the message that `deflate` took apart; its id is no part of its objects."""
+    """Return the message that `deflate` took apart; its id is not among its objects."""
     message = inflate_object_from_contents(object_id, dict(objects))
     if not isinstance(message, Message):
         raise TypeError(f"expected a Message, got {type(message).__name__}.")
@@ -105,15 +105,15 @@ def mods_of(app: ClientApp) -> list[Mod]:
 
 
 def superexec() -> int | None:
-    """Return the process that starts a ClientApp of this node for each message, if this is such a ClientApp.
+    """Return the id of the process that starts this node's ClientApp for each message, from within that app.
 
-    None elsewhere, in a simulation above all, whose processes serve many messages; and where Flower installs the
-    app's packages for each message and removes them after it.
+    None elsewhere, above all in a simulation, whose processes serve many messages; and where Flower installs the
+    app's packages for each message and removes them afterwards.
     """
     installed = any("runtime-envs" in Path(entry).parts for entry in sys.path)
     if Path(sys.argv[0]).name != "flwr-clientapp" or installed:
         return None
-    return os.getppid() or None  # 0: it lies beyond this container, which ends with the message
+    return os.getppid() or None  # 0: it is outside this container, which ends with the message
 
 
 def object_sizes(message: Message) -> list[int]:
@@ -127,22 +127,22 @@ def object_bytes(message: Message) -> int:
 
 
 def refusal(reason: str, *, reply_to: Message) -> Message:
-    """Return the error reply of a mod that cannot go on."""
+    """Return the error reply of a mod that cannot continue."""
     return Message(Error(_MOD_FAILED_PRECONDITION, reason), reply_to=reply_to)
 
 
 def raised(error: Exception, *, reply_to: Message) -> Message:
-    """Return the error reply that Flower makes of an exception in a ClientApp."""
+    """Return Flower's error reply for an exception in a ClientApp."""
     return Message(Error(_RAISED, f"{type(error)}:<'{error}'>"), reply_to=reply_to)
 
 
 def is_unavailable(reply: Message) -> bool:
-    """Return whether this is Flower's own answer, for a node that will not give one."""
+    """Return whether this is Flower's own answer on behalf of a node that will not reply."""
     return bool(reply.has_error() and reply.error.code in _UNAVAILABLE)
 
 
 def unavailable(message: Message) -> Message:
-    """Return what Flower answers for a node that went offline."""
+    """Return Flower's answer on behalf of a node that went offline."""
     return Message(Error(_UNAVAILABLE[-1], "lost by the fault schedule"), reply_to=message)
 
 
@@ -158,7 +158,7 @@ def task_identity(*, run_id: int, node_id: int) -> Iterator[None]:
 
 
 class GridWrapper(Grid):
-    """A Grid that hands every call on to another one."""
+    """A Grid that passes every call on to another one."""
 
     def __init__(self, inner: Grid) -> None:
         self.inner = inner
@@ -202,7 +202,7 @@ class GridWrapper(Grid):
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """PEM files of a SuperLink: its certificate, the key to that, and the authority that signed it."""
+    """PEM files of a SuperLink: its certificate, the certificate's key, and the authority that signed it."""
 
     ca: Path
     certificate: Path
@@ -217,15 +217,15 @@ def superlink_arguments(
     Parameters
     ----------
     port : int
-        Of the Control and Runtime APIs, which are HTTP.
+        Port of the Control and Runtime APIs, which are HTTP.
     fleet_port : int
-        Of the Fleet API; the same as `port` unless `FLEET_IS_GRPC`.
+        Port of the Fleet API; the same as `port` unless `FLEET_IS_GRPC`.
     host : str
         The address to listen at.
     tls : Tls, optional
-        With it all APIs are encrypted, and only SuperNodes with registered keys may connect.
+        If given, all APIs are encrypted, and only SuperNodes with registered keys may connect.
     database : Path, optional
-        Of SQLite; without, the state is in memory.
+        An SQLite file; without it, the state is in memory.
     """
     arguments = ["--host", host, "--port", str(port)]
     if FLEET_IS_GRPC:

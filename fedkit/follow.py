@@ -1,4 +1,4 @@
-"""Rounds as they are recorded, from the server's file, or from its log where the file is on another machine."""
+"""Follows rounds as they are recorded: in the server's file, or in its log if the file is on another machine."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RoundsFollower:
                 self.on_round(row)
 
     def _stat(self) -> tuple[int, ...]:
-        """Return what differs once the file was written: a round that is run again may be as long as before."""
+        """Return values that change when the file is written; size alone may not, if a round is run again."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
@@ -47,7 +47,7 @@ class RoundsFollower:
 class LogFollower:
     """Records in `path` the rounds that a server announces in its log, and calls `on_round` once for each.
 
-    The log may begin anew at any time, as when a stream of it breaks off and is opened again.
+    The log may restart at any time, for instance when a stream of it breaks off and is reopened.
     """
 
     def __init__(self, log: Path, path: Path, on_round: Callable[[Row], None]) -> None:
@@ -73,7 +73,7 @@ class LogFollower:
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
-                    return  # the rest of it is still to come
+                    return  # the rest is still to come
                 self._offset += len(line)
                 _, found, text = plain(line.decode(errors="replace")).partition(ANNOUNCED)
                 with suppress(ValueError, TypeError, LookupError):  # an app may print anything
@@ -82,12 +82,12 @@ class LogFollower:
 
 
 def plain(text: str) -> str:
-    """Return a text without the colours of a terminal."""
+    """Return a text without terminal colour codes."""
     return _COLOURS.sub("", text)
 
 
 def log_tail(log: Path, num_lines: int = 30) -> str:
-    """Return the last traceback in a log and what follows, or the last lines where there is none."""
+    """Return the last traceback in a log and what follows, or the last lines if there is none."""
     lines = plain(log.read_text(errors="replace")).rstrip().splitlines()
     tracebacks = [number for number, line in enumerate(lines) if line.startswith("Traceback ")]
     return "\n".join(lines[tracebacks[-1] :] if tracebacks else lines[-num_lines:])

@@ -1,9 +1,9 @@
-"""What a plan will cost: bytes per round and run, and what a client needs, before anything is trained.
+"""Forecasts of what a plan will cost: bytes per round and run, and what a client needs, before training.
 
-The first rounds are rehearsed (`fedkit.rehearsal`), the later ones are taken to be like those after the first:
-that one brings the initial arrays along. Uploads are counted as if no client skipped its turn, unless the clients
-train in the rehearsal: a lazy scheme sends less, how much depends on the training. Which replies will be missing
-the fault schedule says: those that it loses, and those of clients that it lets crash.
+The first rounds are rehearsed (`fedkit.rehearsal`). The later rounds are taken to be like the rehearsed ones after
+the first, since the first also sends the initial arrays. Uploads are counted as if no client skipped, unless the
+clients train in the rehearsal: a lazy scheme sends less, and how much less depends on the training. The fault
+schedule says which replies will be missing: those that it loses, and those of clients that it lets crash.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ COUNTS: Final = (
     "asked",
     "skips",
 )
-SOME: Final = 200  # clients of which the fault schedule is looked at; of more, they stand for all
+SOME: Final = 200  # clients whose fault schedule is evaluated; if there are more, these represent all
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Forecast:
     """What one arm will cost; all sizes are bytes."""
 
     strategy: str
-    rounds: Sequence[Row]  # all of the run, as its rounds.jsonl will have them
-    rehearsed: int  # how many of them were; the others are like them
-    values: int  # entries of what a client is sent
+    rounds: Sequence[Row]  # all rounds of the run, as its rounds.jsonl will have them
+    rehearsed: int  # how many of them were rehearsed; the others are like them
+    values: int  # number of entries that a client is sent
     state: float  # what a client keeps from round to round
-    peak: float  # what a client needs besides its model and training: what it is sent, what it sends, coding
+    peak: float  # what a client needs besides model and training: received, sent, coding
     trained: bool = False  # whether clients trained in the rehearsal, so that skips are counted
 
     def save(self, folder: Path) -> None:
@@ -63,9 +63,9 @@ class Forecast:
 
 
 def forecast(plan: Plan, rounds: int, *, train: bool = False) -> dict[str, Forecast]:
-    """Return what each strategy of a plan will cost, by a rehearsal of so many rounds with its first seed.
+    """Return what each strategy of a plan will cost, by a rehearsal of `rounds` rounds with its first seed.
 
-    With `train`, the clients train in it.
+    With `train`, the clients train in the rehearsal.
 
     Raises
     ------
@@ -95,14 +95,14 @@ def _of(arm: Arm, app_dir: Path, rounds: int, train: bool) -> Forecast:
 
 
 def share_lost(faults: Faults, clients: int, server_round: int) -> float:
-    """Return the share of the clients whose reply of a round will be missing; they are called by their number."""
+    """Return the share of the clients whose reply in a round will be missing; clients are named by number."""
     names = [str(i) for i in range(min(clients, SOME))]
     gone = [faults.loses(server_round, n) or faults.client_crashes(server_round, n) for n in names]
     return sum(gone) / len(gone)
 
 
 def prolonged(rows: Sequence[Row], num_rounds: int, lost: Callable[[int], float]) -> list[Row]:
-    """Return rows for all rounds; those that are lacking are the mean of those after the first, or like that.
+    """Return rows for all rounds; missing ones are the mean of those after the first, or like the only one.
 
     `lost` returns the share of a round's replies that will be missing.
     """
@@ -113,7 +113,7 @@ def prolonged(rows: Sequence[Row], num_rounds: int, lost: Callable[[int], float]
 
 
 def _rehearse(app_dir: Path, config: Mapping[str, Any], rounds: int, train: bool) -> dict[str, Any]:
-    """Return what `fedkit.rehearsal` finds, in a process of its own: apps import what they like."""
+    """Return what `fedkit.rehearsal` finds, run in a separate process, since apps may import anything."""
     with tempfile.TemporaryDirectory(prefix="fedkit-plan-") as folder:
         task, out, log = (Path(folder, name) for name in ("task.json", "found.json", "log"))
         write_json(task, {"app-dir": str(app_dir), "config": dict(config), "rounds": rounds, "train": train})
@@ -150,7 +150,7 @@ def forecast_table(forecasts: Mapping[str, Forecast]) -> Table:
 
 
 def remarks(forecasts: Mapping[str, Forecast]) -> list[str]:
-    """Return what a forecast says besides bytes, a line each."""
+    """Return what the forecasts say besides bytes, as lines of text."""
     lines = []
     for name, each in forecasts.items():
         missing, skips, asked = (total(each.rounds, key) for key in ("missing", "skips", "asked"))

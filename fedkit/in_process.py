@@ -1,4 +1,4 @@
-"""A Grid whose nodes are ClientApps in this process: real messages, really serialised, milliseconds per round."""
+"""A Grid whose nodes are ClientApps in this process: real, serialised messages at milliseconds per round."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fedkit.flower import ClientAppCallable, deflate, inflate, raised
 
 
 class InProcessGrid(Grid):
-    """Runs each message's ClientApp at once; what fails is lost or wrapped outside, by `RoundGrid`.
+    """Runs the ClientApp of each message when its reply is pulled; scheduled faults are added by `RoundGrid`.
 
     Parameters
     ----------
     apps : sequence of callable
         The ClientApp of each node; node k has the id 1000 + k and the partition k.
     run_config : mapping, optional
-        What each node's Context says.
+        The run config in each node's Context.
     """
 
     def __init__(self, apps: Sequence[ClientAppCallable], run_config: Mapping[str, Scalar] | None = None) -> None:
@@ -50,7 +50,7 @@ class InProcessGrid(Grid):
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
-        """Flower's Grid has it for old apps alone."""
+        """Not implemented: Flower's Grid has it only for old apps."""
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
@@ -58,7 +58,7 @@ class InProcessGrid(Grid):
         return list(self.apps)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Keep messages until their answers are asked for; return their ids."""
+        """Keep messages until their replies are pulled; return their ids."""
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = message_id = f"message-{next(self.numbers)}"
@@ -67,19 +67,19 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the answers."""
+        """Return the replies."""
         return [self.answer(self.waiting.pop(m)) for m in message_ids if m in self.waiting]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """Send messages and return all answers."""
+        """Send messages and return all replies."""
         return list(self.pull_messages(self.push_messages(messages)))
 
     def restart(self, node_id: int) -> None:
-        """Let a node lose what it holds in memory."""
+        """Make a node lose what it holds in memory."""
         self.contexts[node_id].state = RecordDict()
 
     def answer(self, message: Message) -> Message:
-        """Return a node's answer, both ways through Flower's serialisation."""
+        """Return a node's reply; message and reply pass through Flower's serialisation."""
         node_id, message_id = message.metadata.dst_node_id, message.metadata.message_id
         object_id, objects = deflate(message)
         received = inflate(object_id, objects, message_id=message_id)

@@ -1,4 +1,4 @@
-"""Flower's simulation as one context manager: it brings everything it needs and leaves nothing behind.
+"""Flower's simulation as one context manager, which brings everything it needs and leaves nothing behind.
 
     with SuperLink(log) as superlink:
         superlink.run(app_dir, run_config, run_dir, on_round=print)
@@ -52,7 +52,7 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # instead of 1 s, paid once per run
-        "OMP_NUM_THREADS": "1",  # one core per client: the threads of several would fight for them
+        "OMP_NUM_THREADS": "1",  # one core per client: the threads of several clients would compete for cores
         "RAY_TMPDIR": str(home),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning per client process
@@ -69,8 +69,8 @@ NODES = "num-supernodes={} client-resources-num-cpus=1"  # --federation-config
 class SuperLink(Connection):
     """A SuperLink in simulation mode that lives as long as the `with` block.
 
-    Its output, and that of all it starts, goes to the file `log`; all it starts has `settings` in its environment.
-    Entering raises LaunchError if it does not answer in time.
+    Its output, and that of its child processes, goes to the file `log`; they all have `settings` in their
+    environment. Entering raises LaunchError if it does not answer in time.
     """
 
     def __init__(self, log: Path, settings: Mapping[str, str] | None = None) -> None:
@@ -83,7 +83,7 @@ class SuperLink(Connection):
         self.environment, self.port = flower_environment(self.home) | self.settings, free_port()
         (self.home / "config.toml").write_text(CONNECTION.format(port=self.port))
         try:
-            with self.log.open("wb") as file:  # a session of its own, since Ctrl-C is ours to answer
+            with self.log.open("wb") as file:  # a session of its own, since fedkit handles Ctrl-C
                 self.process = subprocess.Popen(
                     [program("flower-superlink"), *simulation_arguments(self.port)],
                     env=self.environment,
@@ -99,7 +99,7 @@ class SuperLink(Connection):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """End all that was started."""
+        """End all processes that were started."""
         with deaf_to_signals():
             end_processes(f"FLWR_HOME={self.home}")
             shutil.rmtree(self.home, ignore_errors=True)
@@ -109,7 +109,7 @@ class SuperLink(Connection):
         return ["--federation-config", NODES.format(config["num-clients"])]
 
     def follower(self, run_dir: Path, on_round: Callable[[Row], None]) -> RoundsFollower:
-        """Return what reports the rounds that the app writes into its `run-dir`, the same folder."""
+        """Return a follower of the rounds that the app writes into its `run-dir`, which is the same folder."""
         return RoundsFollower(run_dir / ROUNDS, on_round)
 
     def check_alive(self) -> None:

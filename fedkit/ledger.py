@@ -1,4 +1,4 @@
-"""Bytes per client, round and direction: sizes of what was really sent, never of what should have been."""
+"""Bytes per client, round and direction: measured sizes of what was sent, never what should have been sent."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ EvaluateFn: TypeAlias = Callable[[int, ArrayRecord], MetricRecord | None]
 ROUNDS: Final = "rounds.jsonl"  # a line of JSON per round
 JOURNAL: Final = "ledger.jsonl"  # and per message
 CLUSTERS: Final = "clusters.jsonl"  # and per round of TAC: which adapter is in which cluster
-ANNOUNCED: Final = "fedkit round: "  # before a line of the first, in the log
+ANNOUNCED: Final = "fedkit round: "  # before a line of `ROUNDS`, in the log
 TRAIN: Final = "train"  # a key of a round: what its clients measured when they trained
-REFUSED: Final = "refused"  # a key of a round: why a reply was of no use, by client
-MOST_WORDS: Final = 300  # letters of such a reason
+REFUSED: Final = "refused"  # a key of a round: why a reply could not be used, by client
+MOST_WORDS: Final = 300  # longest such reason, in characters
 MISSING_CLIENTS, STAND_INS = "missing-clients", "stand-ins"  # keys of a round: a list, and names by name
 RESERVED: Final = {"round", TRAIN, REFUSED, MISSING_CLIENTS, STAND_INS}  # no metric may have these names
 
 
 class Ledger:
-    """Every message of a run, and what became of it; the `RoundGrid` and strategies tell it what they know."""
+    """Every message of a run, and what became of it, as told by the `RoundGrid` and strategies."""
 
     def __init__(self) -> None:
         self.entries: dict[int, list[Entry]] = {}  # by round
         self._spent: Counter[int] = Counter()  # by node
         self._spent_before: Counter[str] = Counter()  # by client, before the run was resumed
         self._envelope = 0
-        self._all: list[Entry] = []  # as they were entered
-        self._journals: dict[Path, int] = {}  # how many of them each file has
-        self._uplink: dict[int, Entry] = {}  # the last of each node
-        self._ideal: dict[int, float] = {}  # of each node's next message down
+        self._all: list[Entry] = []  # in the order in which they were entered
+        self._journals: dict[Path, int] = {}  # how many entries each file has
+        self._uplink: dict[int, Entry] = {}  # the last upload of each node
+        self._ideal: dict[int, float] = {}  # bits of each node's next message down
         self._counts: dict[int, Counter[str]] = {}
-        self._values: dict[int, int] = {}  # of what clients were asked to train, all together, by round
+        self._values: dict[int, int] = {}  # that all clients together were asked to train, by round
         self._sockets: dict[int, Counter[str]] = {}
         self._measured: dict[int, dict[str, Any]] = {}  # by round
         self._start = time.monotonic()
@@ -63,20 +63,20 @@ class Ledger:
         self._all.append(entry)
 
     def ideal(self, node_id: int, direction: Direction, bits: float) -> None:
-        """Say what an ideal coder needs for the node's next message down, or for its last one up."""
+        """Record the bits that an ideal coder needs for the node's next message down, or its last one up."""
         if direction == "downlink":
             self._ideal[node_id] = bits
         elif node_id in self._uplink:
             self._uplink[node_id].ideal_bits = bits
 
     def refuse(self, server_round: int, node_id: int, reason: str) -> None:
-        """Say why a reply cannot be used: the last line of the reason, for the cause is there."""
+        """Record why a reply cannot be used: the last line of the reason, which has the cause."""
         last = (reason.strip().splitlines() or [""])[-1].strip()
         why = self._measured.setdefault(server_round, {}).setdefault(REFUSED, {})
         why[self.client_of(node_id)] = last if len(last) <= MOST_WORDS else f"{last[:MOST_WORDS]} …"
 
     def judge(self, server_round: int, node_id: int, fate: Fate) -> None:
-        """Say what became of a node's last message up, and count it in the round: skips and rejected ones."""
+        """Record what became of a node's last message up; count it in the round if it is skipped or rejected."""
         if node_id in self._uplink:
             self._uplink[node_id].fate = fate
         if fate == "skip":
@@ -89,7 +89,7 @@ class Ledger:
         self._counts.setdefault(server_round, Counter()).update(counts)
 
     def miss(self, server_round: int, clients: Sequence[str], stand_ins: Mapping[str, str]) -> None:
-        """Say who is missing in a round, and who stands in for whom; a client for itself: with its last update."""
+        """Record the clients missing in a round, and each one's stand-in; itself: by its last update."""
         if clients:
             known = self._measured.setdefault(server_round, {})
             known |= {MISSING_CLIENTS: list(clients), STAND_INS: dict(stand_ins)}
@@ -97,16 +97,16 @@ class Ledger:
             logger.info("round %d is without client %s.", server_round, ", ".join(told))
 
     def whole(self, server_round: int, num_values: int) -> None:
-        """Say how many values all clients together were asked to train in a round."""
+        """Record how many values all clients together were asked to train in a round."""
         self._values[server_round] = num_values
 
     def carry(self, server_round: int, traffic: Traffic) -> None:
-        """Add what the socket carried during a round, seen from the server."""
+        """Add the traffic on the server's socket during a round."""
         bytes_of = {"socket-uplink-bytes": traffic.received, "socket-downlink-bytes": traffic.sent}
         self._sockets.setdefault(server_round, Counter()).update(bytes_of)
 
     def round_totals(self, server_round: int) -> dict[str, int]:
-        """Return bytes by direction, and the counts, of one round; bytes on the socket, if they were metered."""
+        """Return bytes by direction, and the counts, of one round; also bytes on the socket, if measured."""
         counts = self._counts.get(server_round, Counter())
         totals = {key: counts[key] for key in ("asked", "replies", "skips", "missing", "rejected", "late")}
         totals |= self._sockets.get(server_round, {})
@@ -124,7 +124,7 @@ class Ledger:
         return self._spent[node_id] + self._spent_before[self.client_of(node_id)]
 
     def envelope(self, default: int) -> int:
-        """Return the most bytes that a message had besides its frames; `default` before there was one."""
+        """Return the most bytes of any message besides its frames; `default` before the first message."""
         return self._envelope or default
 
     def last_upload(self, node_id: int) -> int:
@@ -137,11 +137,11 @@ class Ledger:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the ledger was made; of a resumed run, those when it ran."""
+        """Seconds since the ledger was created; for a resumed run, only those during which it ran."""
         return time.monotonic() - self._start
 
     def journal(self, path: Path) -> int:
-        """Append the entries that the file lacks, a line of JSON each; return the file's size in bytes."""
+        """Append the entries that the file lacks, one line of JSON each; return the file's size in bytes."""
         path = path.resolve()
         known = self._journals.get(path)
         size = append_lines(path, [_line(entry) for entry in self._all[known or 0 :]], anew=known is None)
@@ -149,7 +149,7 @@ class Ledger:
         return size
 
     def restore(self, path: Path, size: int, seconds: float) -> None:
-        """Take up again the run whose journal had `size` bytes after `seconds`; what it has beyond is cut off.
+        """Resume the run whose journal had `size` bytes after `seconds`; whatever was appended later is cut off.
 
         Raises
         ------
@@ -161,7 +161,7 @@ class Ledger:
             entries = [Entry(**line) for line in lines]
         except TypeError as error:
             raise StateError(f"cannot take up {path} ({error}). Was it damaged?") from None
-        clients = {entry.node_id: entry.client for entry in entries}  # as they were known in the end
+        clients = {entry.node_id: entry.client for entry in entries}  # as known at the end
         for entry in entries:
             self.entries.setdefault(entry.server_round, []).append(entry)
             self._spent_before[clients[entry.node_id]] += entry.object_bytes
@@ -170,22 +170,22 @@ class Ledger:
         self._journals[path.resolve()], self._start = len(entries), time.monotonic() - seconds
 
     def measure(self, server_round: int, metrics: MetricRecord) -> None:
-        """Say what the clients measured when they evaluated a round."""
+        """Record what the clients measured when they evaluated a round."""
         own = self._measured.setdefault(server_round, {})
         own.update({key: value for key, value in metrics.items() if key not in RESERVED})
 
     def trained(self, server_round: int, metrics: MetricRecord) -> None:
-        """Say what the clients measured when they trained, and the aggregation when it was done."""
+        """Record what the clients measured in training, and the metrics of the aggregation."""
         self._measured.setdefault(server_round, {})[TRAIN] = dict(metrics)
 
     def recording(self, evaluate_fn: EvaluateFn | None, *, to: str | Path | None) -> EvaluateFn:
-        """Return an `evaluate_fn` that also logs each round, and records it in the folder `to`, if there is one.
+        """Return an `evaluate_fn` that also logs each round, and records it in the folder `to`, if given.
 
-        A line of its ``rounds.jsonl`` is a round: the metrics of `evaluate_fn` or of the clients, those of
-        training under `TRAIN`, `round_totals`, `miss`, `refuse`, ``fp32-bytes`` (in float32 what each client
-        was asked to train, or else all the arrays) and ``seconds`` since the ledger was made. One that is run
-        again, after a resumption, replaces its line and all later ones. A line of its ``ledger.jsonl`` is a
-        message. The log has the first kind, after the word `ANNOUNCED`.
+        Each line of ``rounds.jsonl`` is a round: the metrics of `evaluate_fn` or of the clients, those of
+        training under `TRAIN`, `round_totals`, `miss`, `refuse`, ``fp32-bytes`` (in float32, what each client was
+        asked to train, or else all the arrays) and ``seconds`` since the ledger was created. A round that is run
+        again after a resumption replaces its line and all later ones. Each line of ``ledger.jsonl`` is a message.
+        The log has the lines of ``rounds.jsonl``, each after the word `ANNOUNCED`.
 
         Raises
         ------
@@ -224,7 +224,7 @@ class Ledger:
 
 
 def _strict(value: Any) -> Any:
-    """Return a value without NaN and infinity, of which JSON knows nothing: they become null."""
+    """Return a value with NaN and infinity, which JSON does not have, replaced by null."""
     if isinstance(value, Mapping):
         return {key: _strict(each) for key, each in value.items()}
     if isinstance(value, list):

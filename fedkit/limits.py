@@ -52,7 +52,7 @@ class Limits:
             raise ConfigError(f"below_quorum: expected 'keep' or 'error', got {self.below_quorum!r}.")
 
     def needed(self, asked: int) -> int:
-        """Return how many of the nodes asked must answer.
+        """Return how many of the asked nodes must answer.
 
         >>> Limits(quorum=0.5).needed(5), Limits().needed(5)
         (3, 1)
@@ -70,14 +70,14 @@ class Pauses:
     """Nodes that failed twice in a row, or more, rest for 1, 2, 4, then 8 rounds; an answer clears them."""
 
     def __init__(self) -> None:
-        self._failures: dict[int, int] = {}  # in a row, by node
+        self._failures: dict[int, int] = {}  # consecutive failures, by node
         self._until: dict[int, int] = {}  # the next round, by node
 
     def choose(self, idle: Sequence[int], late: Collection[int], server_round: int, at_least: int) -> list[int]:
         """Return which of the idle nodes to ask in a round: those that are neither paused nor `late`.
 
-        The paused too, if there would be fewer than `at_least` without, late answers counted; and if there is
-        nobody else, those whose answer came late, which is dropped for that.
+        Paused nodes are included if there would otherwise be fewer than `at_least`, late answers counted. If there
+        are no other nodes, those whose answer came late are asked, and these answers are dropped.
         """
         free = [node_id for node_id in idle if node_id not in late]
         rested = [node_id for node_id in free if self.over(node_id, server_round)]
@@ -91,7 +91,7 @@ class Pauses:
         return self._until.get(node_id, 0) <= server_round
 
     def fail(self, node_id: int, server_round: int) -> None:
-        """Take note of a failure in a round."""
+        """Record a failure in a round."""
         count = self._failures[node_id] = self._failures.get(node_id, 0) + 1
         if count > 1:
             rounds = min(2 ** (count - 2), MAX_PAUSE)
@@ -99,16 +99,16 @@ class Pauses:
             logger.warning("node %d failed %d times: it is not asked for %d round(s).", node_id, count, rounds)
 
     def clear(self, node_id: int) -> None:
-        """Take note of an answer."""
+        """Record an answer."""
         self._failures.pop(node_id, None)
         self._until.pop(node_id, None)
 
 
 class Clock(Protocol):
-    """What of the module `time` is used; tests bring their own."""
+    """The part of the module `time` that is used; tests provide their own."""
 
     def monotonic(self) -> float:
-        """Return seconds since some moment."""
+        """Return seconds since some fixed moment."""
 
     def sleep(self, seconds: float, /) -> None:
         """Wait."""

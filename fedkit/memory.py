@@ -1,8 +1,8 @@
-"""What a client remembers between rounds, trusted only once the server acknowledged it.
+"""What a client remembers between rounds, trusted only once the server has acknowledged it.
 
-A lazy scheme keeps on the client "what the server already has from me". If a reply is lost after the client
-moved that memory, the two differ for ever and nothing says so. So the client *stages* each upload; the server
-sends back, with its next message, the digest of what it has accepted from that client; the client *settles*:
+In a lazy scheme, the client keeps a copy of what the server already has from it. If a reply is lost after the
+client updated that memory, the two differ forever without any sign of it. So the client *stages* each upload; with
+its next message the server sends the digest of what it has accepted from that client; the client then *settles*:
 
 ==========================================  ===================================================
 the server's digest is that of              the client
@@ -12,13 +12,13 @@ the memory without it                       rolls back: the upload was lost
 anything else                               forgets: one of the two lost its state
 ==========================================  ===================================================
 
-A digest is a running hash of the accepted frames, so that it costs the same however old the memory is; no
-frames at all is `GENESIS`. A client that forgot codes its next upload against zeros and says so by naming
-`GENESIS` as its base; the server then replaces what it had. That is the very message a new client sends, so
-no separate resynchronisation exists that could go wrong.
+A digest is a running hash of the accepted frames, so its cost does not depend on the age of the memory; without
+any frames it is `GENESIS`. A client that forgot codes its next upload against zeros and says so by naming
+`GENESIS` as its base; the server then replaces what it had. A new client sends the same message, so there is no
+separate resynchronisation that could go wrong.
 
-A server that crashed runs its last round again. What a client keeps although its upload was lost (`Residual`) has
-that round in it then, which must not count twice: see `rewind`.
+A server that crashed runs its last round again. A memory that the client keeps although its upload was lost
+(`Residual`) then already includes that round, which must not count twice: see `rewind`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def chain(digest: bytes, frame: bytes) -> bytes:
 
 
 def rewind(state: MutableMapping[str, bytes], scheme: str, server_round: int) -> None:
-    """Let a round begin with what `scheme` remembered when the same round began before, if it did.
+    """If a round is begun again, restore what `scheme` remembered when it first began.
 
-    Its entries are those of `state` whose names begin with the scheme's; they are copied as a round begins.
+    The scheme's entries of `state` are those whose names begin with its name; each new round copies them.
     """
     own, before, now = f"{scheme}.", f"before.{scheme}.", server_round.to_bytes(8, "big")
     again = state.get(_BEGUN) == now
@@ -61,16 +61,16 @@ def rewind(state: MutableMapping[str, bytes], scheme: str, server_round: int) ->
 
 
 class ClientMemory:
-    """What the server has from this client.
+    """The client's copy of what the server has from it.
 
-    An upload that arrived is added; see `Residual` for the other kind of memory.
+    Each upload that arrived is added; see `Residual` for the other kind of memory.
 
     Parameters
     ----------
     state : mutable mapping of str to bytes
-        What the client remembers (`fedkit.state`); it outlives the ClientApp.
+        The client's state (`fedkit.state`), which outlives the ClientApp.
     scheme : str
-        Whose memory this is; schemes do not share one.
+        The scheme that the memory belongs to; schemes do not share memories.
     like : NamedArrays
         Arrays with the names and shapes of an upload.
     """
@@ -82,7 +82,7 @@ class ClientMemory:
         self.digest, self.arrays, self._staged = self._load()
 
     def settle(self, accepted: bytes) -> NamedArrays:
-        """Commit, roll back or forget, by the digest of what the server accepted; return what it has."""
+        """Commit, roll back or forget, by the digest of what the server accepted; return the memory."""
         if self._staged is not None and chain(self.digest, self._staged) == accepted:
             self.arrays = self._committed(self._uploaded(self._staged))
             self.digest = accepted
@@ -102,7 +102,7 @@ class ClientMemory:
             self._state[self._rows] = str(rows).encode()
 
     def _uploaded(self, frame: bytes) -> NamedArrays:
-        """Return what was staged, zero in the rows that it is not of."""
+        """Return what was staged, with zeros in the rows that it does not cover."""
         if self._rows not in self._state:
             return decode(frame, like=self._like)
         part = RowDraw.from_str(self._state[self._rows].decode()).submodel(self._like)
@@ -131,22 +131,22 @@ class ClientMemory:
 
 
 class Residual(ClientMemory):
-    """What the server has not got from this client yet: the memory of error feedback.
+    """What the server has not received from this client yet: the memory of error feedback.
 
-    `keep` what is to be sent, then `stage` its frame: an upload that arrived is subtracted, one that was lost
-    leaves everything to be sent later, or, unless `keeps`, is gone: others stood in for it.
+    `keep` what is to be sent, then `stage` its frame. An upload that arrived is subtracted. One that was lost
+    leaves everything to be sent later; unless `keeps`, it is subtracted as well, since others stood in for it.
     """
 
     keeps = True
 
     def settle(self, accepted: bytes) -> NamedArrays:
-        """Return what the server has not got, less what was lost if that is gone; see `ClientMemory.settle`."""
+        """Settle as `ClientMemory.settle` does; unless `keeps`, a lost upload is subtracted as well."""
         if self._staged is not None and accepted == self.digest and not self.keeps:
             self.arrays = self._committed(self._uploaded(self._staged))
         return super().settle(accepted)
 
     def keep(self, arrays: NamedArrays) -> None:
-        """Replace what the server has not got."""
+        """Replace what the server has not received."""
         self.arrays = arrays
 
     def _committed(self, upload: NamedArrays) -> NamedArrays:

@@ -2,8 +2,8 @@
 
 A *train* or *evaluate* message holds one `Array` of stype ``fedkit/1``, whose data is a parcel of one frame or
 more, and fedkit's instructions among the app's own config. A reply holds one frame, or none if the client chose to
-skip or only evaluated, and a ConfigRecord ``fedkit`` with the report. On the way, the app's metrics are in the
-report, too: one record less is one call less, of 0.8 kB besides what it says (`fedkit.ledger`).
+skip or only evaluated, and a ConfigRecord ``fedkit`` with the report. In transit, the app's metrics are part of
+the report: one record less saves one call, whose overhead is 0.8 kB (`fedkit.ledger`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_NAME, MAX_METRICS = 256, 1024  # characters of a client's id, or of a metric
 FEDKIT: Final = "fedkit"  # the ConfigRecord of a reply
 
 SERVER_ROUND: Final = "server-round"
-STEP_SIZE: Final = "step-size"  # of `Aquila` and others; for the app, and among the options
+STEP_SIZE: Final = "step-size"  # of `Aquila` and others; in the app's config, and among the options
 SCHEME: Final = "fedkit-scheme"
 CODEC: Final = "fedkit-codec"
 ACCEPTED: Final = "fedkit-accepted"
@@ -43,23 +43,23 @@ CLIENT_ID: Final = "client-id"
 BASE: Final = "base"
 VERSION: Final = "version"
 BESIDE: Final = "beside"
-SUBMODEL: Final = "submodel"  # of a node's config, and an option of its reports
-PROFILE: Final = "profile"  # of a node's config, and an option of its first report: what its device can carry
-CODING: Final = "coding"  # an option of TAC: whose mod codes the slots; none: as they are
-LORA: Final = "lora"  # an option of instructions: what of LoRA factors stays on the client
+SUBMODEL: Final = "submodel"  # a key of a node's config, and an option of its reports
+PROFILE: Final = "profile"  # likewise, of its first report: what its device can carry
+CODING: Final = "coding"  # an option of TAC: the scheme whose mod codes the slots; none: uncoded
+LORA: Final = "lora"  # an option of instructions: which part of LoRA factors stays on the client
 
 
 @dataclass(frozen=True, slots=True)
 class Instructions:
     """What the server tells one node for one round."""
 
-    scheme: str  # which mod is meant
+    scheme: str  # whose mod is meant
     server_round: int
     codec: Codec  # how to code the upload
     accepted: bytes  # digest of the uploads that the server has accepted from this client
     options: Mapping[str, Scalar] = field(default_factory=dict)  # what this scheme alone needs
-    experiment: str = ""  # this run, with all its resumptions
-    ordinary: bytes = b""  # what the app's arrays have that float32 arrays lack: `fedkit.ordinary`
+    experiment: str = ""  # an id of this run, the same after each resumption
+    ordinary: bytes = b""  # what float32 arrays cannot represent of the app's: `fedkit.ordinary`
     introduce: bool = False  # whether the node is only asked which client it is
 
 
@@ -69,10 +69,10 @@ class Report:
 
     client_id: str  # stable name of the client, not Flower's random node id
     base: bytes  # digest of the memory that the upload adds to
-    skipped: bool  # asked, answered, chose to send nothing
+    skipped: bool  # answered, but chose to send nothing
     version: bytes  # of the arrays that the client holds
     options: Mapping[str, Scalar] = field(default_factory=dict)  # what this scheme alone needs
-    beside: bytes = b""  # what goes beside the frame: `fedkit.ordinary`
+    beside: bytes = b""  # what is sent beside the frame: `fedkit.ordinary`
 
 
 def frame_record(frame: bytes) -> ArrayRecord:
@@ -109,7 +109,7 @@ def write_instructions(config: ConfigRecord, instructions: Instructions) -> None
 
 
 def read_scheme(message: Message) -> str | None:
-    """Return the scheme a message was made by; None for an ordinary Flower message."""
+    """Return the scheme that made a message; None for an ordinary Flower message."""
     config = config_of(message.content)
     return None if config is None else str(config[SCHEME])
 
@@ -141,7 +141,7 @@ def read_instructions(message: Message) -> Instructions:
 
 
 def rows_of(message: Message) -> RowDraw | None:
-    """Return which components of LoRA factors the app shall train in this round; None: all of them."""
+    """Return which components of LoRA factors the app is to train in this round; None: all of them."""
     return RowDraw.from_options(read_instructions(message).options) if read_scheme(message) else None
 
 
@@ -160,7 +160,7 @@ def write_report(content: RecordDict, report: Report) -> None:
 
 
 def read_report(content: RecordDict) -> Report:
-    """Return the report of a reply; inverse of `write_report`, but for the app's metrics: see `restore_metrics`.
+    """Return the report of a reply; inverse of `write_report`, except for metrics: see `restore_metrics`.
 
     Raises
     ------
@@ -182,7 +182,7 @@ def read_report(content: RecordDict) -> Report:
 
 
 def restore_metrics(content: RecordDict) -> None:
-    """Put the app's metrics back where the app had them, in place; ReplyError if they are none."""
+    """Put the app's metrics back where the app had them, in place; ReplyError if they are not metrics."""
     record = content.get(FEDKIT)
     if not isinstance(record, ConfigRecord):
         return
@@ -201,7 +201,7 @@ def restore_metrics(content: RecordDict) -> None:
 
 
 def records_of(content: RecordDict, kind: type[R]) -> list[R]:
-    """Return the records of one kind; RecordDict's own properties make a new dict each time, at 10 µs."""
+    """Return the records of one kind; RecordDict's own properties build a new dict each time, in 10 µs."""
     return [record for record in content.values() if isinstance(record, kind)]
 
 
@@ -222,9 +222,9 @@ def client_id(context: Context) -> str:
 
 
 def run_config_of(message: Message, context: Context) -> dict[str, Scalar]:
-    """Return the run config, with the values that the message's config has for its keys.
+    """Return the run config, overridden by the message's config where that has the same keys.
 
-    They are those that the strategy decided for this node (`fedkit.strategies.Terms`), or for this round (the
+    Those values were decided by the strategy for this node (`fedkit.strategies.Terms`), or for this round (the
     ``train_config`` of Flower's `start`).
     """
     run_config = dict(context.run_config)

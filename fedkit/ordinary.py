@@ -1,16 +1,17 @@
-"""Ordinary arrays, of any type of number, as float32 arrays that are coded and what travels *beside* them.
+"""Ordinary arrays of any numeric type, as float32 arrays that are coded and data sent *beside* the frames.
 
 ==========================================  =================================================================
-an app's array                              how it travels
+an app's array                              how it is sent
 ==========================================  =================================================================
 float16, float32, float64                   in the frames, as float32; the app gets its own type back
-integers and booleans                       beside the frames, without loss; the mean is rounded
-``running_mean`` and ``running_var``        beside the frames, without loss
+integers and booleans                       beside the frames, lossless; the mean is rounded
+``running_mean`` and ``running_var``        beside the frames, lossless
 ==========================================  =================================================================
 
 A batch counter grows by hundreds where weights move by thousandths: among the weights it would set the scale of a
-whole frame, and decide alone who is silent. A variance must not become negative, which a quantized one may.
-Clients whose parts differ (`fedkit.submodels`, TAC) have all of it in the frames: beside them, nobody cuts.
+whole frame, and alone decide which clients skip. A variance must not become negative, as a quantized one may.
+Clients with different parts (`fedkit.submodels`, TAC) have everything in the frames, since data beside them is not
+cut into parts.
 """
 
 from __future__ import annotations
@@ -31,32 +32,32 @@ from fedkit.arrays import NamedArrays
 from fedkit.errors import ConfigError, SchemaMismatchError, WireFormatError
 
 STATISTICS: Final = ("running_mean", "running_var")  # PyTorch's names, at the end of an array's
-_PLACE: Final = re.compile(r"^(slot|cluster)-\d+/")  # what TAC puts before a name
-MAX_BYTES: Final = 2**28  # of what a client accepts beside the frames
+_PLACE: Final = re.compile(r"^(slot|cluster)-\d+/")  # the prefix that TAC puts before a name
+MAX_BYTES: Final = 2**28  # that a client accepts beside the frames
 
 Beside: TypeAlias = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Ordinary:
-    """What an app's arrays have that float32 arrays lack."""
+    """What float32 arrays cannot represent of an app's arrays."""
 
-    order: Sequence[str] = ()  # of all names, if some travel beside
+    order: Sequence[str] = ()  # of all names, if some are sent beside
     dtypes: Mapping[str, str] = field(default_factory=dict)  # of those in the frames, where it is not float32
     beside: Beside = field(default_factory=dict)
 
     def record(self, arrays: NamedArrays) -> ArrayRecord:
-        """Return float32 arrays and what travels beside them as the app's own; inverse of `split`."""
+        """Return float32 arrays and what is sent beside them as the app's own; inverse of `split`."""
         own = {name: as_type(array, self.dtype(name)) for name, array in arrays.items()} | dict(self.beside)
         return ArrayRecord({name: Array(own[name]) for name in self.order or own})
 
     def dtype(self, name: str) -> str:
-        """Return the type of an array that travels in the frames; one of a slot or a cluster has its adapter's."""
+        """Return the type of an array that is sent in the frames; that of a slot or cluster is its adapter's."""
         plain = _PLACE.sub("", name)
         return self.dtypes.get(name) or self.dtypes.get(plain) or self.dtypes.get(f"cluster-0/{plain}", "float32")
 
     def pack(self) -> bytes:
-        """Return it as bytes; none if there is nothing to say."""
+        """Return it as bytes; empty if there is nothing to say."""
         if not self.order and not self.dtypes:
             return b""
         beside = [(name, str(array.dtype), array.shape) for name, array in self.beside.items()]
@@ -83,19 +84,19 @@ class Ordinary:
 def split(
     record: ArrayRecord, beside: Sequence[str] | None = None
 ) -> tuple[dict[str, NDArray[np.float32]], Ordinary]:
-    """Return a record's arrays in float32, and what else there is to say about them.
+    """Return a record's arrays in float32, and everything else about them.
 
     Parameters
     ----------
     record : ArrayRecord
         An app's own arrays.
     beside : sequence of str, optional
-        The names of those that travel beside; those of the table above if unset.
+        The names of those sent beside the frames; if unset, as in the table above.
 
     Raises
     ------
     ConfigError
-        For an array that is not of numbers, or of complex ones.
+        For an array that is not numeric, or is complex.
     """
     arrays: dict[str, NDArray[np.float32]] = {}
     dtypes: dict[str, str] = {}
@@ -126,13 +127,13 @@ def from_arrays(arrays: NamedArrays) -> ArrayRecord:
 
 
 def as_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Return an array in another type; whole numbers are rounded to, not cut to."""
+    """Return an array in another type; for an integer type, values are rounded, not truncated."""
     kind = np.dtype(dtype)
     return np.asarray(np.rint(array) if kind.kind != "f" and array.dtype.kind == "f" else array, kind)
 
 
 def pack_values(beside: Beside, like: Beside) -> bytes:
-    """Return a client's own values of what travels beside, in the types of `like`.
+    """Return a client's own values of what is sent beside the frames, in the types of `like`.
 
     Raises
     ------
@@ -148,7 +149,7 @@ def pack_values(beside: Beside, like: Beside) -> bytes:
 
 
 def unpack_values(data: bytes, like: Beside) -> Beside:
-    """Return the values of `pack_values`; raises WireFormatError, for values that are not finite, too."""
+    """Return the values of `pack_values`; raises WireFormatError, also for values that are not finite."""
     if not like and not data:
         return {}
     try:
@@ -162,9 +163,9 @@ def unpack_values(data: bytes, like: Beside) -> Beside:
 
 
 def mean(all_values: Sequence[tuple[float, Beside]], like: Beside) -> Beside:
-    """Return the weighted mean, in the types of `like`; the values are (weight, arrays) each.
+    """Return the weighted mean of (weight, arrays) pairs, in the types of `like`.
 
-    Where all say the same it is that, also of whole numbers that no float holds.
+    Where all values are equal, the mean is that value, even if it is a whole number that no float can hold.
     """
     total = math.fsum(weight for weight, _ in all_values)
     found = {}
@@ -186,7 +187,7 @@ def _raw(beside: Beside) -> bytes:
 
 
 def _cut(data: bytes, like: Beside) -> Beside:
-    """Return bytes as arrays like these; raises ValueError."""
+    """Return bytes as arrays like those in `like`; raises ValueError."""
     if len(data) != sum(array.nbytes for array in like.values()):
         raise ValueError("of another length than expected")
     arrays, start = {}, 0

@@ -1,4 +1,4 @@
-"""Whether a run did what was asked of it: what its rounds and its log say of an app that did not listen."""
+"""Checks whether a run did what was asked, by its rounds and its log: an app may ignore the run config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HOW: Final = "See strategies/README.md: what `fedkit run` needs of an app."
 
 
 def check_outcome(arm: Arm) -> list[str]:
-    """Return what to warn of, after an arm has ended without an error.
+    """Return warnings about an arm that has ended without an error.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def _first(rows: Sequence[Row]) -> str:
 
 
 def _other_strategy(arm: Arm) -> str:
-    """Return a warning if another of the strategies known here was started than the run config names."""
+    """Return a warning if the log names another known strategy than the run config does."""
     wanted, log = STRATEGIES.get(arm.strategy), arm.run_dir / LOG
     if wanted is None or not log.exists():
         return ""

@@ -1,4 +1,4 @@
-"""What a node is sent: frames that bring it to the server's arrays, as the one Array of a message."""
+"""Parcels: the frames that bring a node to the server's arrays, as the one Array of a message."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _PARCEL: Final = struct.Struct(
 class Parcel:
     """The frames that bring one node to the server's arrays; see `fedkit.broadcast`."""
 
-    base: bytes  # the version that the first frame adds to; no version: it is a snapshot
-    version: bytes  # that the node then holds; none: it need not remember it
-    digest: bytes  # of its arrays
+    base: bytes  # the version that the first frame adds to; GENESIS: it is a snapshot
+    version: bytes  # the version that the node then holds; GENESIS: it need not remember it
+    digest: bytes  # of the arrays of that version
     frames: tuple[bytes, ...]
 
 
 def write_parcel(content: RecordDict, key: str, config: ConfigRecord, parcel: Parcel) -> None:
-    """Write a parcel as the one Array of the ArrayRecord `key`, and what it is among the config."""
+    """Write a parcel as the one Array of the ArrayRecord `key`, and its description into the config."""
     content[key] = frame_record(b"".join(parcel.frames))
     sizes = [len(frame) for frame in parcel.frames[:-1]]
     config[PARCEL] = _PARCEL.pack(parcel.base, parcel.version, parcel.digest) + np.array(sizes, "<u4").tobytes()

@@ -1,4 +1,4 @@
-"""What a `fedkit run` is to do: its arms, planned from the command line, and kept in `plan.json` to be resumed."""
+"""The plan of a `fedkit run`: its arms, as given on the command line, saved in `plan.json` to be resumed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Arm:
     """One run of the app, with its full run config."""
 
     config: Mapping[str, Scalar]
-    run_dir: Path  # where everything about it goes, on this machine
+    run_dir: Path  # where all its files go, on this machine
 
     @property
     def strategy(self) -> str:
@@ -45,7 +45,7 @@ class Arm:
 
     @property
     def title(self) -> str:
-        """How this arm is called in what the user reads."""
+        """The name of this arm in output for the user."""
         return f"{self.strategy}, seed {self.config['seed']}"
 
 
@@ -58,13 +58,13 @@ class Plan:
     app_dir: Path
     compare: str | None  # the strategy that the others are compared with
     arms: list[Arm]
-    superlink: str | None = None  # by its name in Flower's config; None: one of our own, that simulates
-    fedkit: str = version("fedkit")  # that began it
+    superlink: str | None = None  # its name in Flower's config; None: one of our own, which simulates
+    fedkit: str = version("fedkit")  # the version that began it
     trackers: Mapping[str, str] = field(default_factory=dict)  # where each one writes: `fedkit.trackers`
 
     def save(self) -> None:
-        """Write it into its folder; raises StateError."""
-        here = set() if self.superlink else {"run-dir"}  # which is this folder, and may be moved
+        """Write the plan into its folder; raises StateError."""
+        here = set() if self.superlink else {"run-dir"}  # it is in this folder, which may be moved
         arms = [
             {"name": arm.run_dir.name, "run-config": {k: v for k, v in arm.config.items() if k not in here}}
             for arm in self.arms
@@ -75,7 +75,7 @@ class Plan:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Return the plan that is kept in a folder.
+        """Return the plan that is saved in a folder.
 
         Raises
         ------
@@ -125,12 +125,12 @@ class Plan:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other commands out of the folder; the lock ends with the process, however that ends.
+        """Keep other commands out of the folder; the lock ends with the process, however it ends.
 
         Raises
         ------
         ConfigError
-            If another command is at it.
+            If another command holds the lock.
         """
         with (self.folder / NAME).open() as file:
             try:
@@ -144,7 +144,7 @@ class Plan:
 
 
 def unused(folder: Path) -> Path:
-    """Return a folder that is not there yet: this one, or with a number after its name."""
+    """Return a folder that does not exist yet: this one, or one with a number after its name."""
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
     return folder if not folder.exists() else next(each for each in numbered if not each.exists())
 
@@ -182,14 +182,14 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, S
 
 
 def common(config: Mapping[str, Scalar]) -> RunConfig:
-    """Return what of a run config is fedkit's, checked; raises ConfigError."""
+    """Return fedkit's own keys of a run config, checked; raises ConfigError."""
     keys = {field.name.replace("_", "-") for field in dataclasses.fields(RunConfig)}
     return parse(RunConfig, {key: value for key, value in config.items() if key in keys})
 
 
 @contextmanager
 def flower_silent() -> Iterator[None]:
-    """Let Flower say errors only, as when a strategy is made that nobody will start."""
+    """Let Flower log only errors, as when a strategy is built only to check it."""
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -220,13 +220,13 @@ def plan_arms(arguments: argparse.Namespace, defaults: Mapping[str, Scalar], out
     if not config["strategy"]:
         raise ConfigError("strategy: expected a name, got ''.")
     strategies = dict.fromkeys([str(config["strategy"]), *([arguments.compare] if arguments.compare else [])])
-    if defaults["strategy"] in STRATEGIES:  # else the app has names of its own
+    if defaults["strategy"] in STRATEGIES:  # else the app has strategy names of its own
         check_keys(strategies, STRATEGIES, what="strategy")
         with flower_silent():
-            build(dataclasses.replace(checked, run_dir=""))  # its options, before anything is started
+            build(dataclasses.replace(checked, run_dir=""))  # checks its options, before anything is started
     seeds = range(int(config["seed"]), int(config["seed"]) + arguments.seeds)
-    none = {"strategy-options": ""} if "strategy-options" in config else {}  # those of one are not another's
-    # Of another machine it is a folder of ours alone: a run takes up what it finds in it.
+    none = {"strategy-options": ""} if "strategy-options" in config else {}  # options are one strategy's
+    # On another machine, a folder that no other run has: a run continues from what it finds there.
     server = f"{out.name}-{secrets.token_hex(4)}" if arguments.superlink else str(out)
     return [
         Arm({**config, **own, "strategy": name, "seed": seed, "run-dir": f"{server}/{arm}"}, out / arm)

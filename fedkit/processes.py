@@ -1,4 +1,4 @@
-"""Programs that fedkit starts: where they are, which port they get, and how they end. POSIX only."""
+"""Programs that fedkit starts: where to find them, their ports, and how to end them. POSIX only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedkit.errors import LaunchError
 
-STOP_SECONDS = 3.0  # for the polite end, and three times that for the forcible one
+STOP_SECONDS = 3.0  # for ending politely, and three times that for ending forcibly
 POLL_SECONDS = 0.1
 
 
@@ -38,7 +38,7 @@ def processes_with(setting: str) -> Iterator[int]:
     """Yield the processes that have `NAME=value` in their environment.
 
     Flower and Ray put their children into sessions of their own and lose some when they die early, so
-    neither a process group nor the tree of parents has all of them. What they all inherit is this.
+    neither a process group nor the process tree has all of them. They all inherit this setting.
     """
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):  # another user's process, or one that just ended
@@ -52,7 +52,7 @@ def processes_with(setting: str) -> Iterator[int]:
 def end_processes(setting: str) -> None:
     """End all `processes_with(setting)`: at first politely, after `STOP_SECONDS` forcibly.
 
-    One that is just being started is not seen, so nothing is over before two looks in a row have found none.
+    A process that is just being started is not seen, so two searches in a row must find none.
     """
     begin, asked, clear = time.monotonic(), set[int](), 0
     while clear < 2 and (elapsed := time.monotonic() - begin) < 4 * STOP_SECONDS:
@@ -66,7 +66,7 @@ def end_processes(setting: str) -> None:
 
 @contextmanager
 def deaf_to_signals() -> Iterator[None]:
-    """Ignore Ctrl-C and its like: an impatient second one must not interrupt the cleaning up."""
+    """Ignore Ctrl-C and similar signals: an impatient second one must not interrupt the cleanup."""
     # Only the main thread may set handlers, and only it is interrupted.
     is_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if is_main else ()

@@ -1,4 +1,4 @@
-"""What became of an arm: `run.json`, kept true while it runs and however it ends."""
+"""The record of an arm in `run.json`, kept up to date while it runs and however it ends."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LOG: Final = "flower.log"
 
 
 def completed(arm: Arm) -> bool:
-    """Return whether nothing of an arm is left to do."""
+    """Return whether an arm is completed."""
     return read(arm).get("status") == "completed"
 
 
 def read(arm: Arm) -> dict[str, Any]:
-    """Return what is recorded of an arm; nothing, if it was not begun.
+    """Return what is recorded of an arm; empty if it was not begun.
 
     Raises
     ------
@@ -49,9 +49,9 @@ def read(arm: Arm) -> dict[str, Any]:
 
 @contextmanager
 def recorded(arm: Arm, app: str, app_dir: Path) -> Iterator[None]:
-    """Keep `run.json` true: what runs, with which versions, and how it ended.
+    """Keep `run.json` up to date: what runs, with which versions, and how it ended.
 
-    Of an arm that was begun before, it says so; one without a checkpoint starts again, without its old rounds.
+    Resumptions of an arm are recorded; an arm without a checkpoint starts again, without its old rounds.
     """
     now = {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("fedkit", "flwr")},
@@ -87,7 +87,7 @@ def recorded(arm: Arm, app: str, app_dir: Path) -> Iterator[None]:
 
 
 def git_commit(directory: Path) -> str | None:
-    """Return the commit checked out in a directory, `-dirty` appended if it was changed, None without git."""
+    """Return the commit checked out in a directory, with `-dirty` if there are changes; None without git."""
     command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -96,7 +96,7 @@ def git_commit(directory: Path) -> str | None:
 
 
 def _make_way(arm: Arm, attempt: int) -> None:
-    """Keep the log of an arm's former attempt; drop its rounds, unless the next one goes on from there."""
+    """Keep the log of an arm's previous attempt; drop its rounds unless the next attempt continues from them."""
     log = arm.run_dir / LOG
     if log.exists():
         log.replace(log.with_suffix(f".{attempt}.log"))

@@ -1,11 +1,12 @@
 """An app's own server, run here for a few rounds against clients that do not train.
 
-The server is the app's, with its strategy and its initial arrays; the clients have the app's mods, and in place
-of its training a random step of the same shapes. So all that is sent is coded, serialised and counted as in a run,
-and nothing is learnt. If the server asks for features, the stand-ins say some, once; whether the app would is not
-known, so for an app without them the first upload is about a kilobyte a slot too long. What it takes to run the
-server must be installed here, and be found where the server looks for it; no client's data is needed, unless the
-clients shall train. The rehearsal is a process of its own, ``python -m fedkit.rehearsal TASK OUT``.
+The server is the app's, with its strategy and its initial arrays. The clients have the app's mods, and take a
+random step of the same shapes instead of training. So everything sent is coded, serialised and counted as in a
+run, but nothing is learnt. If the server asks for features, the simulated clients send some, once; it is not known
+whether the app would, so for an app without features the first upload is about a kilobyte per slot too long.
+Whatever the server needs to run must be installed here, and be found where the server looks for it; no client's
+data is needed, unless the clients are to train. The rehearsal is a process of its own,
+``python -m fedkit.rehearsal TASK OUT``.
 """
 
 from __future__ import annotations
@@ -40,15 +41,15 @@ from fedkit.report import read_rounds
 from fedkit.state import STATE_DIR
 
 STEP: Final = 0.01  # standard deviation of the random step
-MOST_CLIENTS: Final = 50  # that take part; of more, each stands for several
+MOST_CLIENTS: Final = 50  # at most, that take part; if there are more, each represents several
 
 
 class EnoughError(BaseException):
-    """The rounds that were wanted are over; no Exception, lest an app should catch it."""
+    """The requested rounds are over; not an Exception, so that no app catches it."""
 
 
 class Rehearsal(InProcessGrid):
-    """A Grid that books what its nodes are sent and answer, and ends the server after some rounds.
+    """A Grid that books all messages to and from its nodes, and ends the server after some rounds.
 
     Parameters
     ----------
@@ -57,9 +58,9 @@ class Rehearsal(InProcessGrid):
     config : mapping
         The run config.
     clients, rounds : int
-        How many there are.
+        How many of them.
     train : bool
-        Let `app` answer, in place of a stand-in.
+        Let `app` itself train, rather than its stand-in.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Rehearsal(InProcessGrid):
         super().__init__([self._answer_of] * clients, config)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Keep messages until they are answered; raise EnoughError for those of a round too many."""
+        """Keep messages until they are answered; raise EnoughError for those of a round beyond the last."""
         messages = list(messages)
         for message in messages:
             if message.metadata.message_type == MessageType.TRAIN and round_of(message) > self.rounds:
@@ -79,7 +80,7 @@ class Rehearsal(InProcessGrid):
         return super().push_messages(messages)
 
     def answer(self, message: Message) -> Message:
-        """Return a node's answer, and book it."""
+        """Return a node's reply, and book it."""
         reply = super().answer(message)
         if reply.has_error():
             raise ConfigError(f"a client cannot be rehearsed: {reply.error.reason}")
@@ -88,7 +89,7 @@ class Rehearsal(InProcessGrid):
         return reply
 
     def _answer_of(self, message: Message, context: Context) -> Message:
-        """Return the app's own answer to a question, else that of who trains, whose memory is measured once."""
+        """Return the app's own reply to a query, else that of the training client; measure one client's memory."""
         kind = message.metadata.message_type
         if kind.split(".")[0] == MessageType.QUERY:
             return self._app(message, context)
@@ -141,9 +142,9 @@ def random_step(arrays: NamedArrays, rng: np.random.Generator) -> dict[str, Any]
 def rehearse(
     app_dir: Path, config: Mapping[str, Scalar], rounds: int, folder: Path, *, train: bool = False
 ) -> dict[str, Any]:
-    """Return what was sent in the first rounds of a run with `config`, counted, and what a client needs.
+    """Return the bytes sent in the first rounds of a run with `config`, and what a client needs.
 
-    `folder` is for what the server writes; with `train`, the clients train, and need their data.
+    The server writes into `folder`; with `train`, the clients train, and need their data.
     """
     sys.path.insert(0, str(app_dir))
     names = tomllib.loads((app_dir / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]["components"]
@@ -152,7 +153,7 @@ def rehearse(
     config = {**config, "num-clients": clients, "run-dir": str(folder / "server")}
     if "faults" in config:
         config["faults"] = ""
-    os.environ.pop(STATE_DIR, None)  # what clients remember stays in their Contexts
+    os.environ.pop(STATE_DIR, None)  # so that clients' memories stay in their Contexts
     grid = Rehearsal(client, config, clients, rounds, train=train)
     empty = len(context_to_bytes(grid.contexts[1000]))
     with task_identity(run_id=1, node_id=1):
@@ -174,7 +175,7 @@ def rehearse(
 
 
 def _counted(ledger: Ledger, server_round: int, train: bool) -> dict[str, Any]:
-    """Return the bytes of a round; if no client trains, of uploads as if none skipped its turn."""
+    """Return the bytes of a round; if clients do not train, uploads count as if none were skipped."""
     totals: dict[str, Any] = {"round": server_round}
     entries = ledger.entries[server_round]
     for direction in ("uplink", "downlink"):
@@ -188,7 +189,7 @@ def _counted(ledger: Ledger, server_round: int, train: bool) -> dict[str, Any]:
 
 
 def _load(name: str, kind: type[Any]) -> Any:
-    """Return a component of an app, by ``module:attribute``."""
+    """Return a component of an app, named ``module:attribute``."""
     module, _, attribute = name.partition(":")
     found = getattr(importlib.import_module(module), attribute)
     if not isinstance(found, kind):
@@ -197,7 +198,7 @@ def _load(name: str, kind: type[Any]) -> Any:
 
 
 def main() -> None:
-    """Read what to rehearse, do it, and write what came of it, beside it."""
+    """Read a task, rehearse it, and write the result."""
     task = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     folder, train = Path(sys.argv[1]).parent, task["train"]
     found = rehearse(Path(task["app-dir"]), task["config"], task["rounds"], folder, train=train)

@@ -1,10 +1,10 @@
-"""The round's bounds: the Grid wrapper that fedkit hands to Flower's own `start`.
+"""The limits of a round: the Grid wrapper that fedkit passes to Flower's own `start`.
 
 A message is on its way from `send_and_receive` until its reply is pulled or its deadline passes. A round ends when
 
 - every message of it was answered, or
 - `quorum` of the nodes asked have answered and `grace` seconds have passed since, or
-- the `deadline` passes, after which a reply is of no use to Flower either: it is the messages' ttl.
+- the `deadline` passes, after which a reply is of no use to Flower either, since it is the messages' ttl.
 
 =======================================  ==========================================================
 what happens                             what is done
@@ -13,12 +13,12 @@ fewer than `quorum` answered             the model stays and the log says so, or
 a reply arrives after its round ended    with `late="use"` it counts in the round in which it came;
                                          with ``"discard"`` it is dropped
 a reply arrives twice                    the second one is dropped
-a node has not answered yet              it is not asked; nor to train, while its late reply waits for a round
+a node has not answered yet              it is not asked; nor to train while its late reply awaits a round
 a node fails twice in a row, or more     it is not asked for 1, 2, 4, then 8 rounds; an answer clears it
 =======================================  ==========================================================
 
-To fail is to answer with an error, or not before the deadline. A reply that Flower calls unavailable, for its
-node went offline, is missing, which is no failure.
+A node fails if it answers with an error, or not before the deadline. A reply that Flower calls unavailable, since
+its node went offline, is missing, which is not a failure.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from fedkit.sockets import SocketMeter
 
 logger = logging.getLogger(__name__)
 
-QUESTION: Final = "question"  # the kind of a message that belongs to no round's training
-_POLL_FIRST, _POLL_MOST = 0.05, 1.0  # seconds between two looks for replies
+QUESTION: Final = "question"  # the kind of a message that is not part of a round's training
+_POLL_FIRST, _POLL_MOST = 0.05, 1.0  # seconds between two polls for replies
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A message without an answer."""
+    """A message that is not answered yet."""
 
     node_id: int
     server_round: int
@@ -60,7 +60,7 @@ class Sent:
 
 
 class RoundGrid(GridWrapper):
-    """A Grid for any strategy, Flower's own too; fedkit's set its `limits`.
+    """A Grid for any strategy, including Flower's own; fedkit's strategies set its `limits`.
 
     Parameters
     ----------
@@ -69,11 +69,11 @@ class RoundGrid(GridWrapper):
     ledger : Ledger, optional
         Where messages are entered; a new one if unset.
     limits : Limits, optional
-        Of every round.
+        The limits of every round.
     faults : Faults, optional
-        What goes wrong on purpose; nothing if unset.
+        Scheduled faults; none if unset.
     meter : SocketMeter, optional
-        Of the SuperLink's fleet port, in a deployment; what it counts during a round is entered in the ledger.
+        Meter of the SuperLink's fleet port in a deployment; its count in a round is entered in the ledger.
     clock : Clock
         Python's `time`.
     """
@@ -100,7 +100,7 @@ class RoundGrid(GridWrapper):
     ) -> list[int]:
         """Return the nodes that may be asked: no message is on its way to them, and they are not paused.
 
-        Nor do they have a late answer that the next round of training will use, unless `spare` is False: `Pauses`.
+        Unless `spare` is False, nodes whose late answer the next training round will use are left out: `Pauses`.
         """
         for sent, reply in self._pull():
             self._keep_late(sent, reply, server_round)
@@ -110,18 +110,18 @@ class RoundGrid(GridWrapper):
         return self._pauses.choose(idle, self.late_nodes() if spare else set(), server_round, at_least)
 
     def late_nodes(self) -> set[int]:
-        """Return the nodes whose answer came late, and waits for a round of training that uses it."""
+        """Return the nodes whose late answer waits for a round of training to use it."""
         return {reply.metadata.src_node_id for reply in self._late}
 
     def owing(self) -> set[int]:
-        """Return the nodes of which a reply may come, or has come, that no round has had yet."""
+        """Return the nodes with a reply that may still come, or has come, but has not been used by a round."""
         return self._busy() | self.late_nodes()
 
     def _busy(self) -> set[int]:
         return {sent.node_id for sent in self._sent.values()}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Send messages and return the replies of the round, and late ones; both are entered in the ledger.
+        """Send messages and return the round's replies and late ones; all are entered in the ledger.
 
         Raises
         ------
@@ -149,17 +149,17 @@ class RoundGrid(GridWrapper):
         return [*replies, *late]
 
     def ask(self, messages: Sequence[Message], *, timeout: float) -> list[Message]:
-        """Send messages that belong to no round's training, and return the replies that come in time."""
+        """Send messages that are not part of a round's training; return the replies that come in time."""
         ids = self._send(messages, round_of(messages[0]), QUESTION, timeout)
         return self._collect(ids, round_of(messages[0]), len(messages))
 
     # ---- sending -------------------------------------------------------------------------------
 
     def _send(self, messages: Sequence[Message], server_round: int, kind: str, timeout: float | None) -> set[str]:
-        """Send what may be sent; return the ids."""
+        """Send the messages whose nodes are not busy; return the ids."""
         busy = self._busy()
         messages = [message for message in messages if message.metadata.dst_node_id not in busy]
-        if kind == MessageType.TRAIN:  # a late answer to something else is of no use any more
+        if kind == MessageType.TRAIN:  # their older late answers are no longer of use
             again = {message.metadata.dst_node_id for message in messages}
             self._late = [reply for reply in self._late if reply.metadata.src_node_id not in again]
         seconds, ids = self.limits.deadline or timeout or math.inf, set()
@@ -200,7 +200,7 @@ class RoundGrid(GridWrapper):
             pause = min(1.5 * pause, _POLL_MOST)
 
     def _pull(self) -> list[tuple[Sent, Message]]:
-        """Return the replies that have come, each once, beside what they answer."""
+        """Return the replies that have come, each once, with the messages they answer."""
         pulled = []
         for reply in self.inner.pull_messages(list(self._sent)) if self._sent else []:
             sent = self._sent.pop(reply.metadata.reply_to_message_id, None)
@@ -230,7 +230,7 @@ class RoundGrid(GridWrapper):
         self._late += [reply] if used else []
 
     def _tell(self, ids: set[str], server_round: int) -> None:
-        """Say whose answers a round has not waited for."""
+        """Log the nodes whose answers a round did not wait for."""
         if late := [self._booking.name(self._sent[message_id].node_id) for message_id in ids & self._sent.keys()]:
             logger.warning("round %d goes on without %s.", server_round, ", ".join(sorted(late)))
 
@@ -243,7 +243,7 @@ class RoundGrid(GridWrapper):
             self._pauses.fail(sent.node_id, sent.server_round)
 
     def _lost(self, reply: Message) -> None:
-        """Enter a reply that was sent, and then lost on purpose."""
+        """Enter a reply that was sent, and then lost by the fault schedule."""
         if sent := self._sent.get(reply.metadata.reply_to_message_id):
             if reply.has_content():
                 self._booking.meet(reply)

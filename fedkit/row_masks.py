@@ -1,11 +1,11 @@
 """Row masks: the few rank-one components of LoRA factors that a client trains and sends in one round.
 
-A component is a row of ``lora_A`` with the column of ``lora_B`` of the same layer. Which are active follows from a
-seed and the arrays' names alone, so that the server and a client, which know both, draw the same without a word:
-of the frame only the active rows are left, ``active_rank / r`` of the factors. All other arrays travel whole.
+A component is a row of ``lora_A`` with the column of ``lora_B`` of the same layer. The active ones follow from a
+seed and the arrays' names alone, which both sides know, so that server and client draw the same without sending
+them. Only the active rows, ``active_rank / r`` of the factors, are in the frame. All other arrays are sent whole.
 
-Law: the same seed, names and shapes give the same rows on every machine and under every version of numpy, for they
-are those with the smallest hashes.
+Law: the same seed, names and shapes give the same rows on every machine and with every version of numpy, since the
+active rows are those with the smallest hashes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class RowMask:
     Parameters
     ----------
     active_rank : int
-        How many; of an adapter with a lower rank, all.
+        The number of active components; all, for an adapter of lower rank.
     per : {"round", "client"}
-        "round": all clients of a round have the same, which then has the mean over all of them, and what they are
-        sent next is as sparse. "client": each its own, a mean over fewer, and nothing of the model rests; where
-        clients differ, those means scatter (4 unlike quadratics, k/r = 1/2: 2.3 times as far off after 12 rounds).
+        "round": all clients of a round have the same components, so these get the mean over all clients, and the
+        next downlink is as sparse. "client": each client has its own, so means are over fewer clients, but no part
+        of the model rests; where clients differ, those means scatter (4 unlike quadratics, k/r = 1/2: 2.3 times as
+        far off after 12 rounds).
     pairing : {"paired", "independent"}
         Whether B has the same components as A.
 
@@ -64,21 +65,21 @@ class RowMask:
             raise ConfigError(f"row_mask: pairing: expected one of {get_args(Pairing)}, got {self.pairing!r}.")
 
     def draw(self, *of: object) -> RowDraw:
-        """Return the draw that belongs to some values: the seed of the run, the round, the client."""
+        """Return the draw for some values: the seed of the run, the round, the client."""
         digest = hashlib.blake2b("/".join(map(str, of)).encode(), digest_size=8).digest()
         return RowDraw(self.active_rank, int.from_bytes(digest, "big") >> 1, self.pairing)
 
 
 @dataclass(frozen=True, slots=True)
 class RowDraw:
-    """Which components are active: what the server writes into a message, and both sides work out from it."""
+    """A draw of the active components: the server writes it into a message, and both sides derive the rows."""
 
     active_rank: int
     seed: int  # below 2**63
     pairing: Pairing = "paired"
 
     def rows(self, name: str, r: int) -> NDArray[np.intp]:
-        """Return the active components of an array of rank `r`, ascending; all if there are no more."""
+        """Return the active components of an array of rank `r`, ascending; all if there are not more."""
         if r > MOST_COMPONENTS:
             raise ConfigError(f"row_mask: array {name!r} has rank {r}, more than {MOST_COMPONENTS}.")
         if self.pairing == "paired":
@@ -101,7 +102,7 @@ class RowDraw:
 
     @classmethod
     def from_str(cls, text: str) -> Self:
-        """Return the draw of a text; inverse of `str`."""
+        """Return the draw written as text; inverse of `str`."""
         pairing, active_rank, seed = text.split("/")
         return cls(int(active_rank), int(seed), "paired" if pairing == "paired" else "independent")
 
@@ -111,7 +112,7 @@ class RowDraw:
 
     @classmethod
     def from_options(cls, options: Mapping[str, object]) -> Self | None:
-        """Return the draw among options, None if there is none; inverse of `to_options`.
+        """Return the draw in the options, None if there is none; inverse of `to_options`.
 
         Raises
         ------

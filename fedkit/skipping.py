@@ -1,6 +1,6 @@
-"""When a client of a lazy scheme stays silent: AQUILA's rule, LAQ's, and what they have in common.
+"""When a client of a lazy scheme skips: AQUILA's rule, LAQ's, and what they have in common.
 
-A client skips, unless the server has nothing from it or it has been silent for C rounds, if
+A client skips, unless the server has nothing from it or it has skipped for C rounds, if
 
     ‖Δq‖² + e ‖ε‖² + e' ‖ε'‖²  ≤  Σ_d ξ_d ‖θ^{k+1−d} − θ^{k−d}‖² / α²
 
@@ -11,8 +11,8 @@ paper           meaning                                             here
 ε, ε'           quantization error now, and of the last upload      `error`, `last_error`: their squared norms
 θ^k             model of round k                                    `steps`: squared norms, the latest first
 α               step size that made the step                        `Aquila`'s `step_size`
-β; ξ_d          how much silence a step of the model allows         `weights`
-C               rounds of silence at most                           `patience`
+β; ξ_d          how much skipping a step of the model allows        `weights`
+C               rounds skipped in a row, at most                    `patience`
 ==============  ==================================================  =============================================
 
 AQUILA (see `fedkit.codec.quantize`): ``e = 1``, ``e' = 0``, one weight β, no C. LAQ (J. Sun, T. Chen,
@@ -23,7 +23,7 @@ Deviations from the papers
 --------------------------
 LAQ steps along the sum over M devices and divides its threshold by M²; here the model steps along the mean, so a
 step size is M times as large and M drops out. The server computes the right-hand side, so a device needs no former
-model and one that missed rounds uses the right one.
+models, and the value is right for a device that missed rounds, too.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class SkipRule:
     Parameters
     ----------
     weights : tuple of float
-        Of the squared norms of the model's last steps, the latest first; none: nobody skips.
+        Weights of the squared norms of the model's last steps, the latest first; none: nobody skips.
     error : float
         Weight of the squared error of coding the innovation.
     last_error : float
-        Weight of that of the client's last upload.
+        Weight of the squared error of the client's last upload.
     patience : int
-        Rounds of silence at most; 0: no limit.
+        Rounds skipped in a row, at most; 0: no limit.
 
     Raises
     ------
@@ -92,7 +92,7 @@ class SkipRule:
         return sum(weight * step for weight, step in zip(self.weights, steps, strict=False))
 
     def skips(self, coded: float, error: float, last_error: float, silent: int, threshold: float) -> bool:
-        """Return whether a client skips, which has been silent for so many rounds; of squared norms."""
+        """Return whether a client skips, given squared norms, and for how many rounds in a row it has skipped."""
         patient = not self.patience or silent < self.patience
         return patient and coded + self.error * error + self.last_error * last_error <= threshold
 
@@ -105,11 +105,11 @@ class SkipRule:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Scalar]) -> Self:
-        """Return the rule without its weights, which the threshold stands for."""
+        """Return the rule without its weights, which the threshold replaces."""
         error, last = float(options.get(_ERROR, 1.0)), float(options.get(_LAST, 0.0))
         return cls((), error, last, int(options.get(_PATIENCE, 0)))
 
     @property
     def remembers(self) -> bool:
-        """Whether the client must remember its last error and its silence."""
+        """Whether the client must remember its last error and how often it skipped."""
         return bool(self.last_error or self.patience)

@@ -1,4 +1,4 @@
-"""The bytes on a TCP port, as the kernel counts them: the yardstick that the ledger is held to."""
+"""The bytes on a TCP port as counted by the kernel: the reference for the ledger."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SECONDS: Final = 10.0
 
 
 class Traffic(NamedTuple):
-    """Bytes of TCP payload, seen from the port: with TLS and repetitions, without the headers of TCP and IP."""
+    """Bytes of TCP payload, seen from the port: with TLS and retransmissions, without TCP and IP headers."""
 
     received: int
     sent: int
@@ -29,20 +29,20 @@ class Traffic(NamedTuple):
 
 
 class SocketMeter:
-    """Reads what all connections of a local port have carried. Linux alone; no privileges needed.
+    """Reads the traffic of all connections of a local port. Linux only; no privileges needed.
 
-    A connection that closed keeps what it had when it was last read: with SuperNodes that come and go, read often.
-    A reading that fails is the last one, and the next one catches up.
+    A closed connection keeps the value of its last reading: with SuperNodes that come and go, read often. If a
+    reading fails, it returns the previous values, and the next one catches up.
 
     Parameters
     ----------
     port : int
-        The port that listens, such as that of the SuperLink's Fleet API.
+        The listening port, such as that of the SuperLink's Fleet API.
 
     Raises
     ------
     ConfigError
-        If there is no `ss`, or the kernel tells it nothing.
+        If there is no `ss`, or it gets nothing from the kernel.
     """
 
     def __init__(self, port: int) -> None:
@@ -80,6 +80,6 @@ def parse(listing: str) -> dict[str, Traffic]:
     for line in listing.splitlines():
         counts = [pattern.search(line) for pattern in _COUNTS]
         name = _SOCKET.search(line)
-        if name and any(counts):  # of a connection that is closing, the kernel may have dropped them
+        if name and any(counts):  # for a closing connection, the kernel may have dropped them
             found[name[1]] = Traffic(*(int(count[1]) if count else 0 for count in counts))
     return found

@@ -1,10 +1,10 @@
-"""Where a client's memory lives: on its disk, or else in Flower's Context, which ends with the SuperNode.
+"""Where a client's memory is kept: on its disk, or else in Flower's Context, which ends with the SuperNode.
 
 A client that has a folder for its state, the node config's ``state-dir`` or the environment's `FEDKIT_STATE_DIR`,
-keeps one file for each experiment there. An experiment is a run with all its resumptions: its id is made by the
-server, kept in the server's checkpoint, and sent in every message. Flower's run id and node ids, which change when
-a run is resumed or a SuperNode restarts, are no part of the name. A client keeps
-its newest `KEPT` + 1 files.
+keeps one file per experiment there. An experiment is a run with all its resumptions: the server makes its id,
+keeps it in its checkpoint, and sends it in every message. Flower's run id and node ids, which change when a run is
+resumed or a SuperNode restarts, are not part of the file's name. A client keeps the files of its newest
+experiments: `KEPT`, and the present one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedkit.message import client_id
 logger = logging.getLogger(__name__)
 
 State: TypeAlias = dict[str, bytes]
-"""What a client remembers, by name; each name is written by one module alone."""
+"""What a client remembers, by name; only one module writes each name."""
 
 STATE_DIR: Final = "FEDKIT_STATE_DIR"
 KEPT: Final = 8  # former experiments of which a client's file stays
@@ -43,7 +43,7 @@ class ClientState:
         self.path = Path(folder, _safe(experiment), f"{_safe(client_id(context))}.npz") if folder else None
 
     def load(self) -> State:
-        """Return what is remembered; nothing, if it cannot be read."""
+        """Return what is remembered; empty if it cannot be read."""
         if self.path is None:
             record = self._context.state.get(_RECORD)
             if not isinstance(record, ConfigRecord) or record.get(_EXPERIMENT) != self._experiment:
@@ -56,7 +56,7 @@ class ClientState:
             return {}
 
     def save(self, state: State) -> None:
-        """Remember `state`, whole.
+        """Save all of `state`.
 
         Raises
         ------
@@ -82,7 +82,7 @@ class ClientState:
 
 
 def _safe(name: str) -> str:
-    """Return a file name for any text, another for each."""
+    """Return a file name for any text, a different one for each."""
     if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         return name
     return "~" + hashlib.blake2b(name.encode(), digest_size=16).hexdigest()

@@ -1,6 +1,6 @@
-"""Runs at a SuperLink: submitted, followed and found again, through Flower's command-line programs.
+"""Runs at a SuperLink: submitted, followed and found again through Flower's command-line programs.
 
-Their interface changes less than Flower's modules do.
+The interface of these programs changes less than Flower's modules do.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fedkit.record import LOG
 from fedkit.report import Row
 
 COMMAND_SECONDS: Final = 60.0  # for one `flwr ls`; it takes 1 s
-AWAY_SECONDS: Final = 120.0  # that a SuperLink may take to come back
-NOWHERE: Final = "/"  # where `flwr` takes no argument for the folder of an app
+AWAY_SECONDS: Final = 120.0  # how long a SuperLink may take to come back
+NOWHERE: Final = "/"  # the working directory of `flwr`: elsewhere it may take a name for the folder of an app
 RUN_ID: Final = "flower-run-id"
 
 
@@ -31,18 +31,18 @@ class Follower(Protocol):
     """Reports rounds."""
 
     def report(self) -> None:
-        """Report those since the last call."""
+        """Report the rounds since the last call."""
 
 
 class Connection:
-    """A SuperLink that is named in Flower's config: it runs without us, and runs go on there when we end.
+    """A SuperLink named in Flower's config: it is independent of fedkit, and runs continue when fedkit ends.
 
     Parameters
     ----------
     name : str
         ``[superlink.NAME]`` in ``config.toml`` in Flower's home.
     environment : mapping, optional
-        Of the `flwr` commands; this process's own if unset.
+        Environment of the `flwr` commands; this process's own if unset.
     """
 
     def __init__(self, name: str, environment: Mapping[str, str] | None = None) -> None:
@@ -59,7 +59,7 @@ class Connection:
     ) -> None:
         """Run an app, installed or not, and return once Flower calls the run completed.
 
-        A run that was begun for the same `run_dir`, and goes on or was completed meanwhile, is not begun again.
+        A run that was begun for the same `run_dir`, and still runs or was completed since, is not begun again.
 
         Parameters
         ----------
@@ -81,7 +81,7 @@ class Connection:
         rounds = self.follower(run_dir, on_round)
         try:
             entry = self._follow(run_id, run_dir / LOG, rounds)
-            while not entry["status"].startswith("finished"):  # a stream ends early when its connection breaks
+            while not entry["status"].startswith("finished"):  # a stream ends early if its connection breaks
                 entry = self._follow(run_id, run_dir / LOG, rounds)
         except BaseException as error:
             self.say_what_goes_on(error, run_id)
@@ -97,20 +97,20 @@ class Connection:
         return []
 
     def follower(self, run_dir: Path, on_round: Callable[[Row], None]) -> Follower:
-        """Return what reports rounds while the run's log is streamed."""
+        """Return the follower that reports rounds while the run's log is streamed."""
         return LogFollower(run_dir / LOG, run_dir / ROUNDS, on_round)
 
     def check_alive(self) -> None:
-        """Raise LaunchError if there is no use in waiting for the SuperLink."""
+        """Raise LaunchError if waiting for the SuperLink is pointless."""
 
     def say_what_goes_on(self, error: BaseException, run_id: str) -> None:
-        """Add to an error what becomes of the run."""
+        """Add a note to an error on what happens to the run."""
         error.add_note(f"The run goes on without this command. Stop it with: flwr stop {run_id} {self.name}")
 
     # ---- Flower's commands ---------------------------------------------------------------------
 
     def _begun(self, run_dir: Path) -> str | None:
-        """Return the id of the run that was begun for a folder, unless that failed or is not known any more."""
+        """Return the id of the run that was begun for a folder, unless it failed, was stopped, or is unknown."""
         path = run_dir / RUN_ID
         entry = self._entry(path.read_text()) if path.exists() else None
         wanted = entry is not None and entry["status"] not in ("finished:failed", "finished:stopped")
@@ -128,8 +128,8 @@ class Connection:
         return str(answer["run-id"])
 
     def _follow(self, run_id: str, log: Path, rounds: Follower) -> dict[str, str]:
-        """Stream a run's log, from its beginning, until that ends; return what `flwr ls` says then."""
-        with log.open("wb") as file:  # a session of its own, since Ctrl-C is ours to answer
+        """Stream a run's log from its beginning until the stream ends; return what `flwr ls` says then."""
+        with log.open("wb") as file:  # a session of its own, since fedkit handles Ctrl-C
             stream = subprocess.Popen(
                 [program("flwr"), "log", run_id, self.name, "--stream"],
                 env=self.environment,
@@ -168,7 +168,7 @@ class Connection:
             time.sleep(1)
 
     def _command(self, *arguments: str) -> dict[str, Any]:
-        """Return the JSON that a `flwr` command prints; of one that fails, an ``error-message``."""
+        """Return the JSON that a `flwr` command prints; if it fails, with an ``error-message``."""
         command = [program("flwr"), *arguments, "--format", "json"]
         try:
             done = subprocess.run(

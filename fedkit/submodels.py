@@ -1,13 +1,14 @@
 """Sub-models: the part of the server's arrays that one client holds, as index sets per array and axis.
 
-The server has the whole: the largest rank, the full width. A client that holds less is sent its slice, trains it,
-and sends its update of it; the server puts that back where it belongs, and averages each entry over the clients
-that hold it, as in HeteroFL: E. Diao, J. Ding and V. Tarokh, "HeteroFL: Computation and Communication Efficient
-Federated Learning for Heterogeneous Clients", ICLR 2021, https://arxiv.org/abs/2010.01264, equations 2 to 4.
+The server has the whole model: the largest rank, the full width. A client that holds less is sent its slice,
+trains it, and sends back its update; the server puts the update where it belongs, and averages each entry over the
+clients that hold it, as in HeteroFL: E. Diao, J. Ding and V. Tarokh, "HeteroFL: Computation and Communication
+Efficient Federated Learning for Heterogeneous Clients", ICLR 2021, https://arxiv.org/abs/2010.01264, equations 2
+to 4.
 
 A client's LoRA of rank rᵢ and its own αᵢ applies ``αᵢ/rᵢ·B·A``, where the server's applies ``α/r·B·A``. So that
-both mean the same product, the client's B is the server's times ``(α/r)/(αᵢ/rᵢ)``: `SubModel.scales`, on the way
-down, and divided out on the way up. A is the same on both sides.
+both mean the same product, the client's B is the server's times ``(α/r)/(αᵢ/rᵢ)``: `SubModel.scales`, multiplied
+on the way down and divided out on the way up. A is the same on both sides.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from fedkit.arrays import Mask, NamedArrays, check_same_schema
 from fedkit.errors import ConfigError
 
 IndexSets: TypeAlias = tuple[NDArray[np.intp], ...]
-"""Which indices of each axis of an array are held."""
+"""The indices that are held, for each axis of an array."""
 
 
 @dataclass(frozen=True, slots=True)
 class SubModel:
-    """Which entries a client holds, and what they are multiplied by on the way to it."""
+    """The entries that a client holds, and what they are multiplied by when sent to it."""
 
-    index_sets: Mapping[str, IndexSets]  # an array that is not named is not held
-    scales: Mapping[str, float] = field(default_factory=dict)  # of an array that is not named: 1
+    index_sets: Mapping[str, IndexSets]  # arrays not named here are not held
+    scales: Mapping[str, float] = field(default_factory=dict)  # 1 for arrays not named here
 
     def take_mask(self, mask: Mask) -> dict[str, NDArray[np.bool_]]:
-        """Return the part of a mask of the server's arrays."""
+        """Return the client's part of a mask of the server's arrays."""
         return {name: mask[name][np.ix_(*sets)] for name, sets in self.index_sets.items()}
 
     def embed_mask(self, mask: Mask, *, like: NamedArrays | Mask) -> dict[str, NDArray[np.bool_]]:
@@ -47,7 +48,7 @@ class SubModel:
 
 
 Cut: TypeAlias = Callable[[NamedArrays], SubModel]
-"""What makes a sub-model of the server's arrays, of which only names and shapes matter."""
+"""A function from the server's arrays, of which only names and shapes matter, to a sub-model."""
 
 
 def whole(like: NamedArrays) -> SubModel:
@@ -56,13 +57,13 @@ def whole(like: NamedArrays) -> SubModel:
 
 
 def without(submodel: SubModel, names: Collection[str]) -> SubModel:
-    """Return the sub-model less some arrays."""
+    """Return the sub-model without some arrays."""
     kept = {name: sets for name, sets in submodel.index_sets.items() if name not in names}
     return SubModel(kept, submodel.scales)
 
 
 def within(submodel: SubModel, part: SubModel) -> SubModel:
-    """Return the sub-model that `part` is of the arrays of `submodel`, as one of the server's."""
+    """Return `part`, a sub-model of the arrays of `submodel`, as a sub-model of the server's arrays."""
     sets = {
         name: tuple(outer[inner] for outer, inner in zip(submodel.index_sets[name], indices, strict=True))
         for name, indices in part.index_sets.items()
@@ -72,12 +73,12 @@ def within(submodel: SubModel, part: SubModel) -> SubModel:
 
 
 def check(submodel: SubModel, *, like: NamedArrays) -> None:
-    """Check that a sub-model is one of these arrays.
+    """Check that a sub-model fits these arrays.
 
     Raises
     ------
     ConfigError
-        Naming the first array, and the axis, where it is not.
+        Naming the first array, and the axis, where it does not.
     """
     for name, sets in submodel.index_sets.items():
         if name not in like:
@@ -125,7 +126,7 @@ def embed(arrays: NamedArrays, submodel: SubModel, *, like: NamedArrays) -> dict
 
 
 def owned(submodel: SubModel, *, like: NamedArrays) -> Mask:
-    """Return which of the server's entries the client holds."""
+    """Return a mask of the server's entries that the client holds."""
     kept = {name: np.zeros(array.shape, np.bool_) for name, array in like.items()}
     for name, sets in submodel.index_sets.items():
         kept[name][np.ix_(*sets)] = True
@@ -133,7 +134,7 @@ def owned(submodel: SubModel, *, like: NamedArrays) -> Mask:
 
 
 def shapes(submodel: SubModel, *, like: NamedArrays) -> NamedArrays:
-    """Return arrays with the names and shapes of a client's, that take no memory."""
+    """Return arrays with the names and shapes of a client's, without allocating memory."""
     sets = submodel.index_sets
     return {
         name: np.broadcast_to(np.float32(0), tuple(len(indices) for indices in sets[name]))
@@ -148,14 +149,14 @@ def is_factor(name: str, factor: str) -> bool:
 
 
 def lora_rank(r: int, *, lora_alpha: float | None = None, server_lora_alpha: float | None = None) -> Cut:
-    """Return what cuts out the first `r` rows of every lora_A and columns of every lora_B, all else whole.
+    """Return the cut that keeps the first `r` rows of every lora_A and columns of every lora_B, all else whole.
 
     Parameters
     ----------
     r : int
         The client's rank, at most the server's.
     lora_alpha, server_lora_alpha : float, optional
-        Of the client's adapter and of the server's. Unset, both apply their factors with the same α/r.
+        α of the client's adapter and of the server's. Unset: both apply their factors with the same α/r.
 
     Raises
     ------
@@ -183,16 +184,16 @@ def lora_rank(r: int, *, lora_alpha: float | None = None, server_lora_alpha: flo
 
 
 def width(share: float, *, inputs: Collection[str] | None = None, outputs: Collection[str] | None = None) -> Cut:
-    """Return what cuts out the leading `share` of every hidden axis, rounded up, as HeteroFL does.
+    """Return the cut that keeps the leading `share` of every hidden axis, rounded up, as HeteroFL does.
 
-    Axis 0 of an array is taken for its outputs, axis 1 for its inputs, as torch has them; further axes, and those
-    that face the data or the classes, stay whole.
+    Axis 0 of an array is taken as its outputs, axis 1 as its inputs, as in torch; further axes, and those that
+    face the data or the classes, stay whole.
 
     Parameters
     ----------
     share : float
-        Above 0, at most 1. Choose it so that it cuts sizes that depend on each other, as those before and after
-        flattening, alike.
+        Above 0, at most 1. Choose it so that sizes that depend on each other, such as those before and after
+        flattening, are cut consistently.
     inputs : collection of str, optional
         The arrays whose inputs are the data; by default the first with two axes or more.
     outputs : collection of str, optional

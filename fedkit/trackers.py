@@ -1,8 +1,8 @@
-"""Rounds in TensorBoard and MLflow, as they come, beside the JSON lines that are always written.
+"""Live tracking of rounds in TensorBoard and MLflow, besides the JSON lines that are always written.
 
 A tracker gets every number of a round: the metrics, the counts, the bytes, and what clients measured in training
-as ``train/NAME``. It follows what `fedkit run` follows: runs at a SuperLink are tracked, too. One that fails
-while a run goes on is given up with a warning.
+as ``train/NAME``. It follows whatever `fedkit run` follows, so runs at a SuperLink are tracked, too. A tracker
+that fails during a run is dropped with a warning.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fedkit.report import Row
 
 logger = logging.getLogger(__name__)
 
-MLFLOW_RUN: Final = "mlflow-run-id"  # a file in an arm's folder, so that a resumed arm goes on in the same run
+MLFLOW_RUN: Final = "mlflow-run-id"  # a file in an arm's folder: a resumed arm continues the same run
 _PATIENCE: Final = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # not for minutes
 
 
 class Tracker(Protocol):
-    """What shows numbers over rounds."""
+    """Something that shows numbers over rounds."""
 
     def record(self, server_round: int, numbers: Mapping[str, float]) -> None:
         """Take the numbers of a round."""
 
     def end(self, *, completed: bool) -> None:
-        """Take note that the arm has ended."""
+        """Record that the arm has ended."""
 
 
 class TensorBoard:
@@ -57,7 +57,7 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run for each arm, in the experiment that is called as the app; raises MlflowException."""
+    """A run for each arm, in an experiment named after the app; raises MlflowException."""
 
     def __init__(self, uri: str, arm: Arm, app: str) -> None:
         for name, value in _PATIENCE.items():
@@ -90,7 +90,7 @@ class MLflow:
 
 
 TRACKERS: Final[Mapping[str, Callable[[str, Arm, str], Tracker]]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
-"""By name, which is that of the package, of fedkit's extra, and of the option."""
+"""Trackers by name, which is also that of the package, of fedkit's extra, and of the option."""
 
 
 def check_trackers(targets: Mapping[str, str]) -> dict[str, str]:
@@ -111,19 +111,19 @@ def check_trackers(targets: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def tracking(arm: Arm, app: str, targets: Mapping[str, str]) -> Iterator[Callable[[Row], None]]:
-    """Yield what hands the rounds of an arm to trackers, by name: where each of them writes.
+    """Yield a callable that passes the rounds of an arm to the trackers; `targets`: where each of them writes.
 
     Raises
     ------
     LaunchError
-        If a tracker cannot begin.
+        If a tracker cannot start.
     """
     trackers: dict[str, Tracker] = {}
     for name, target in targets.items():
         arm.run_dir.mkdir(parents=True, exist_ok=True)
         try:
             trackers[name] = TRACKERS[name](target, arm, app)
-        except Exception as error:  # of whatever the package raises
+        except Exception as error:  # whatever the package raises
             raise LaunchError(f"--{name}: cannot write to {target}: {error}") from error
 
     def each(do: Callable[[Tracker], None]) -> None:
@@ -147,7 +147,7 @@ def tracking(arm: Arm, app: str, targets: Mapping[str, str]) -> Iterator[Callabl
 
 
 def numbers_of(row: Row) -> dict[str, float]:
-    """Return the numbers of a round by name, but for its own; those of training as ``train/NAME``."""
+    """Return the numbers of a round by name, except the round's own; those of training as ``train/NAME``."""
     inside: Mapping[str, Any] = row.get(TRAIN) or {}
     every = {**row, **{f"{TRAIN}/{key}": value for key, value in inside.items()}}
     return {

@@ -1,8 +1,8 @@
-"""The peers: other codecs for a vector of float32, each through the same two calls.
+"""The peers: other codecs for a float32 vector, each behind the same two calls.
 
-Bytes are those a peer would send: levels packed as it packs them, with its scales and tables. Headers and
-checksums are not counted for peers; for fedkit they are. What lives in no package that installs is transcribed
-from its paper, in numpy or torch, and its name says so.
+Bytes are those that a peer would send: levels packed as it packs them, with its scales and tables. Headers and
+checksums are counted for fedkit, but not for peers. Codecs that are in no installable package are transcribed from
+their papers, in numpy or torch, and their names say so.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compressors of arrays of floats: zstd and blosc2 on float16, blosc2 on shortened float32, SZ3, ZFP, pcodec.
 
-The knob of the last three is an error: a tolerance, or a step, in units of the vector's root mean square.
+The parameter of the last three is an error: a tolerance, or a step, in units of the vector's root mean square.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """FL-TAC's authors' own code, https://github.com/siqi2000/FL-TAC, on the tasks and clients of `benchmarks.tac`.
 
-Its trainer runs as it is, from a clone; in place of what it would download it is given the rows, the tokens, the
-encoder and the partition of ``examples/multitask``. It trains adapters on query and value of all six blocks, and
-tests on all that it is given. It sends nothing: its uplink is what its adapters would take in float32.
+Its trainer runs unchanged, from a clone; instead of what it would download, it is given the rows, tokens, encoder
+and partition of ``examples/multitask``. It trains adapters on query and value of all six blocks, and tests on all
+that it is given. It sends nothing: its uplink is the size of its adapters in float32.
 """
 
 from __future__ import annotations

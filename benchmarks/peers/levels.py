@@ -1,4 +1,4 @@
-"""QSGD, NVFlare's filters, top-k: levels or indices, with a scale each block."""
+"""QSGD, NVFlare's filters, top-k: levels or indices, with one scale per block."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""EDEN and DRIVE: rotate at random, then quantize what is now nearly Gaussian.
+"""EDEN and DRIVE: rotate at random, then quantize the result, which is nearly Gaussian.
 
 S. Vargaftik, R. Ben Basat, A. Portnoy, et al., "EDEN: Communication-Efficient and Robust Distributed Mean
 Estimation for Federated Learning", ICML 2022, https://arxiv.org/abs/2108.08842; the same authors, "DRIVE:
-One-bit Distributed Mean Estimation", NeurIPS 2021. No package of theirs installs, so the algorithm of their
+One-bit Distributed Mean Estimation", NeurIPS 2021. They have no installable package, so the algorithm of their
 torch code is transcribed: random signs, a fast Walsh-Hadamard transform, the Lloyd-Max centroids of a Gaussian,
-a scale. Below 1 bit a random share of the entries is kept and coded at 1 bit; between whole bits each entry
-takes the lower or the higher number at random. DRIVE is EDEN at 1 bit.
+a scale. Below 1 bit, a random share of the entries is kept and coded at 1 bit; between whole bits, each entry
+takes the lower or the higher number of bits at random. DRIVE is EDEN at 1 bit.
 
-Two things are better than in the published code, so that what beats this beats EDEN: a vector is cut into
+Two things are better than in the published code, so that a codec that beats this beats EDEN: a vector is cut into
 blocks whose lengths are powers of two instead of being padded to the next one (74,498 would become 131,072),
-and there is a form with the scale of least squares. The published scale makes the estimate unbiased, at a
-larger error.
+and there is a form with the least-squares scale. The published scale makes the estimate unbiased, at a larger
+error.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Uploads → new global arrays."""
+"""Aggregations: from the uploads of a round to the new global arrays."""

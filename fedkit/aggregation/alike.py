@@ -1,10 +1,10 @@
-"""Clusters of rows that are mostly noise: k-means in which no row counts for being near itself.
+"""k-means for rows that are mostly noise: a row's own share of its centroid is left out.
 
-k-means makes Σₖ ‖sₖ‖²/nₖ large, where sₖ is the sum of the nₖ rows of cluster k. Of that Σₖ Σᵢ ‖xᵢ‖²/nₖ is what
-each row adds to its own centroid, which it is near to for no other reason. Where rows of a cluster have little
-in common, as updates of few local steps do, this share is most of it, and holds every row where it is: k-means
-ends where it began. Here it is left out, so that a row joins the cluster whose *other* rows it is most like.
-This is ours.
+k-means maximizes Σₖ ‖sₖ‖²/nₖ, where sₖ is the sum of the nₖ rows of cluster k. Of this, Σₖ Σᵢ ‖xᵢ‖²/nₖ is what
+each row adds to its own centroid: for that reason alone, the row is near to it. Where the rows of a cluster have
+little in common, as do updates of few local steps, this share is most of the sum and holds every row where it is:
+k-means ends where it began. Here this share is left out, so that a row joins the cluster whose *other* rows it is
+most similar to. The method is our own.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ import numpy as np
 from fedkit.aggregation.kmeans import Labels, Points, kmeans, rows_of, shortened, squared_lengths
 
 STARTS: Final = 20
-"""How often it is begun anew at most: it ends earlier when the best is found for the `AGAIN`-th time."""
+"""Random starts, at most; the search ends earlier once the best result has been found `AGAIN` times."""
 AGAIN: Final = 3
 SWEEPS: Final = 50
-"""How often each owner's rows are placed anew at most."""
+"""How many times each owner's rows are reassigned, at most."""
 
-_SAME: Final = 1e-6  # relative difference of two results that are as good
+_SAME: Final = 1e-6  # relative difference of two results that count as equally good
 
 
 def alike(
     points: Points, num_clusters: int, *, seed: int, owners: Sequence[str], known: Sequence[int] | None = None
 ) -> list[int]:
-    """Return the cluster of each row of `points`: the best of several starts. Their numbers say nothing.
+    """Return the cluster of each row of `points`, the best of several starts; the numbers are arbitrary.
 
     Parameters
     ----------
     points : array
         Shape (rows, values).
     num_clusters : int
-        At most so many.
+        The maximum number of clusters.
     seed : int
-        Of the starts.
+        Seed of the starts.
     owners : Sequence[str]
         One name per row; rows of the same name never share a cluster, unless there are too few clusters.
     known : Sequence[int], optional
-        Labels to begin with in one more start: those of the round before.
+        Labels for one additional start: those of the previous round.
     """
     short, _ = shortened(points - points.mean(axis=0), None)
     owned, rng = rows_of(owners), np.random.default_rng(seed)
@@ -60,7 +60,7 @@ def alike(
 
 
 def _spread(owned: Sequence[Labels], num_clusters: int, count: int, rng: np.random.Generator) -> Labels:
-    """Return random labels, of one owner's rows different ones."""
+    """Return random labels, different ones for the rows of one owner."""
     labels = np.zeros(count, np.int64)
     for own in owned:
         labels[own] = np.resize(rng.permutation(num_clusters), len(own))
@@ -68,7 +68,7 @@ def _spread(owned: Sequence[Labels], num_clusters: int, count: int, rng: np.rand
 
 
 def _placed(points: Points, labels: Labels, owned: Sequence[Labels], num_clusters: int) -> tuple[float, Labels]:
-    """Return how alike rows are to others of their cluster, and the labels, when no owner gains by a move."""
+    """Return how similar rows are to others of their cluster, and the labels, once no owner gains by a move."""
     from scipy.optimize import linear_sum_assignment
 
     member = np.eye(num_clusters)[labels]

@@ -1,8 +1,8 @@
-"""The adapters of one round between two passes: first which cluster each is in, then those of each cluster.
+"""The adapters received in a round, in two passes: first find their clusters, then yield them by cluster.
 
-The first pass keeps a short row of each adapter. Its arrays are kept while all that are kept take `KEPT` bytes;
-beyond, an upload is decoded once more when its cluster is aggregated. So memory does not grow with the adapters'
-size, only with their number.
+The first pass keeps a short row for each adapter. It also keeps the adapters' arrays while these take at most
+`KEPT` bytes in all; beyond, an upload is decoded once more when its cluster is aggregated. So memory grows only
+with the number of adapters, not with their size.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from fedkit.aggregation.tasks import Tasks, overlong
 from fedkit.arrays import Mask, NamedArrays, add, num_values, squared_norm, unflatten
 
 Found: TypeAlias = tuple[Points, list[int]]
-"""A row for each adapter, and its cluster."""
+"""One row per adapter, and the cluster of each."""
 
 KEPT: Final = 2**27
-"""Bytes of arrays that are kept from the first pass to the second."""
+"""Bytes of arrays that are kept from the first pass to the second, at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The adapters of one round, and where they belong."""
+    """The adapters of one round, and the cluster of each."""
 
-    clients: Sequence[str]  # an entry for each adapter, here and below
+    clients: Sequence[str]  # one entry per adapter, here and below
     slots: Sequence[int]
     points: Points  # one row each: `fedkit.aggregation.signatures`
     labels: Sequence[int]  # the cluster of each
-    aside: NDArray[np.bool_]  # whether it counts for nothing
-    evidence: Sums = field(default_factory=dict)  # of all slots that ever sent, as far as it is known
+    aside: NDArray[np.bool_]  # whether it is set aside, and not aggregated
+    evidence: Sums = field(default_factory=dict)  # of all slots ever heard from, as far as it is known
 
     def assignment(self) -> dict[str, tuple[int, ...]]:
         """Return the clusters of each client's slots."""
@@ -55,22 +55,22 @@ class Seen:
 class Slot:
     """One adapter that arrived."""
 
-    number: int  # of its upload
+    number: int  # the index of its upload
     slot: int
-    start: NamedArrays  # what it was trained from
+    start: NamedArrays  # the adapter that training started from
 
 
 class Arrivals:
-    """Takes in the uploads of a round, finds their clusters, and gives them out by cluster.
+    """Collects the uploads of a round, finds the clusters of their adapters, and yields them by cluster.
 
     Parameters
     ----------
     tasks : Tasks
-        Says which adapters are for one task.
+        The rules that decide which adapters are for the same task.
     clusters : Sequence[NamedArrays]
-        The present adapters of all clusters.
+        The current adapter of each cluster.
     lazy : LazyState, optional
-        What the server has from each slot, if uploads add to that; None: they are all there is.
+        What the server has from each slot, if uploads are added to that; None: an upload is the whole update.
     evidence : Sums, optional
         What is known of slots besides this round's adapters.
     """
@@ -96,7 +96,7 @@ class Arrivals:
         self._seen: Seen | None = None
 
     def add(self, upload: Upload, sent: NamedArrays) -> None:
-        """Take in one upload, given what its client was sent."""
+        """Add one upload, given what its client was sent."""
         if upload.arrays is None:
             self._silent[upload.client_id] = upload
             return
@@ -119,7 +119,7 @@ class Arrivals:
         self._uploads.append(upload)
 
     def cluster(self, before: Assignment) -> Seen:
-        """Return where all belong, given where slots belonged before."""
+        """Return all adapters with their clusters, given the clusters that slots were in before."""
         clients = [self._uploads[one.number].client_id for one in self._slots]
         slots = [one.slot for one in self._slots]
         names = [slot_name(client, slot) for client, slot in zip(clients, slots, strict=True)]
@@ -131,7 +131,7 @@ class Arrivals:
         return self._seen
 
     def _gathered(self, names: Sequence[str], aside: NDArray[np.bool_]) -> Sums:
-        """Return what is known of slots, with what came in this round."""
+        """Return what is known of each slot, this round's uploads included."""
         evidence, kind = dict(self._evidence), self.tasks.evidence
         for name, row, odd in zip(names, self._told, aside, strict=True):
             if kind in ("features", "auto") and row is not None:
@@ -143,7 +143,7 @@ class Arrivals:
         return evidence
 
     def _by_evidence(self, names: Sequence[str], evidence: Sums, before: Assignment) -> Found | None:
-        """Return rows and clusters by what is known of slots, also absent ones; or None: go by adapters."""
+        """Return rows and clusters by what is known of all slots; None: cluster this round's adapters instead."""
         if self.tasks.evidence == "adapters" or not evidence or not evidence.keys() >= set(names):
             return None
         tasks = replace(self.tasks, evidence="features") if self.tasks.evidence == "auto" else self.tasks
@@ -173,7 +173,7 @@ class Arrivals:
         return points, [int(label) for label in labels]
 
     def uploads(self, k: int, cohort: Cohort) -> Iterator[Upload]:
-        """Yield those of one cluster, each slot as an upload of its own to the cluster's adapter."""
+        """Yield the uploads of cluster `k`, one per slot, each an update of the cluster's adapter."""
         seen, numbers = self._seen, cohort.members or {}
         if seen is None:
             return
@@ -193,7 +193,7 @@ class Arrivals:
                 yield replace(silent, client_id=name, node_id=number)
 
     def _open(self, number: int) -> list[tuple[NamedArrays, Mask | None]]:
-        """Return what an upload says of each of its slots."""
+        """Return the arrays and the mask of each slot of an upload."""
         upload = self._uploads[number]
         arrays, mask = upload.arrays, upload.mask
         if arrays is None and upload.again is not None:
@@ -203,7 +203,7 @@ class Arrivals:
         return list(zip(split_slots(arrays or {}, num_slots), masks, strict=True))
 
     def _whole(self, upload: Upload, slot: int, update: NamedArrays) -> NamedArrays:
-        """Return how a slot differs from its start: its upload, and what the server had from it."""
+        """Return a slot's adapter less its start: its upload, plus what a lazy server already had from it."""
         if self.lazy is None or upload.fresh:
             return update
         held = self.lazy.memory.get(slot_name(upload.client_id, slot))
@@ -211,6 +211,6 @@ class Arrivals:
 
 
 def _moved(update: NamedArrays, mask: Mask | None, start: NamedArrays, to: NamedArrays) -> NamedArrays:
-    """Return an update of `start` as one of another adapter, of entries that it is of: both have one result."""
+    """Return the update of `to` that has the same result as `update` has on `start`, at the entries it covers."""
     moved = {name: (start[name] - to[name]) + array for name, array in update.items()}
     return moved if mask is None else {name: np.where(mask[name], array, 0) for name, array in moved.items()}

@@ -1,4 +1,4 @@
-"""FL-TAC's server half: all task adapters received are clustered, and each cluster is aggregated on its own.
+"""FL-TAC's server side: all task adapters received are clustered, and each cluster is aggregated on its own.
 
 S. Ping, Y. Mao, Y. Liu, X.-P. Zhang and W. Ding, "FL-TAC: Enhanced Fine-Tuning in Federated Learning via
 Low-Rank, Task-Specific Adapter Clustering", ICLR 2024 Workshop on LLM Agents, https://arxiv.org/abs/2404.15384.
@@ -19,15 +19,17 @@ the unweighted mean of its cluster, and a client gets, for each of its slots, th
 
 Deviations from the paper
 -------------------------
-`fedkit.aggregation.tasks` has the rules of the clustering: adapters of one client are for different tasks; the
-clusters' present adapters are clustered along; odd ones are set aside. `fedkit.strategies.Tac.published` has none
-of these. Where the paper says nothing: a cluster takes the number of the former adapter it is nearest to, and one
-that nobody is in keeps its adapter. A client that missed rounds gets the present adapters of its clusters, where
-the paper leaves it with its own stale ones; one that comes late starts from v^0, like all before it.
+The clustering follows the rules of `fedkit.aggregation.tasks`: adapters of one client are for different tasks; the
+clusters' current adapters are clustered together with those received; outliers are set aside.
+`fedkit.strategies.Tac.published` has none of these rules. Where the paper specifies nothing, a cluster takes the
+number of the previous adapter that it is nearest to, and an empty cluster keeps its adapter. A client that missed
+rounds gets the current adapters of its clusters, where the paper leaves it with its own stale ones; a client that
+joins late starts from v^0, as all others did.
 
-Any aggregation will do inside a cluster, where the paper has the mean: each slot is one client to it, named
-``CLIENT#SLOT``, and its upload is how its adapter differs from its cluster's. A lazy sum (`LazyMean`) instead adds
-to what the server has from the slot, which moves with it from cluster to cluster.
+Inside a cluster any aggregation can take the place of the paper's mean. To it, each slot is a client named
+``CLIENT#SLOT``, whose upload is the difference between the slot's adapter and the cluster's. A lazy sum
+(`LazyMean`) instead adds the upload to what the server has from the slot, which moves with the slot from cluster
+to cluster.
 """
 
 from __future__ import annotations
@@ -53,22 +55,22 @@ from fedkit.arrays import NamedArrays
 class ClusterState:
     """What a server knows of its clients' slots."""
 
-    start: NamedArrays = field(default_factory=dict)  # what a client that is not known starts from
-    assignment: Assignment = field(default_factory=dict)  # which cluster each slot of the others was last in
-    inner: Any = None  # of the aggregation inside clusters: one for all of them, by the names of slots
-    seen: Seen | None = None  # what was clustered last; not saved
-    evidence: Sums = field(default_factory=dict)  # what each slot sent by now, if that is what is clustered
+    start: NamedArrays = field(default_factory=dict)  # what an unknown client starts from
+    assignment: Assignment = field(default_factory=dict)  # the last cluster of each known client's slots
+    inner: Any = None  # state of the aggregation inside clusters: one for all of them, by slot name
+    seen: Seen | None = None  # the last clustering; not saved
+    evidence: Sums = field(default_factory=dict)  # what each slot has sent so far, if that is clustered
 
 
 @dataclass(frozen=True, slots=True)
 class Clustered:
-    """Finds out which adapters are for one task, and aggregates those."""
+    """Finds out which adapters are for the same task, and aggregates them task by task."""
 
     tasks: Tasks
     inner: Aggregator[Any]
 
     def init(self, params: NamedArrays) -> ClusterState:
-        """Return the state of a server that knows nobody; see `recall`."""
+        """Return the state of a server that knows no client yet; see `recall`."""
         return self.recall(params, {}, None)
 
     def remember(self, state: ClusterState) -> dict[str, Any]:
@@ -80,7 +82,7 @@ class Clustered:
     def recall(self, params: NamedArrays, saved: Mapping[str, Any], folder: Path | None) -> ClusterState:
         """Return the state of a run that keeps files in `folder`; of a new one if `saved` is empty.
 
-        Who comes new starts from the mean of the first clusters.
+        New clients start from the mean of the initial clusters.
         """
         clusters = split_clusters(params)
         if isinstance(self.inner, Remembering):
@@ -95,7 +97,7 @@ class Clustered:
     def __call__(
         self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: ClusterState
     ) -> Aggregate[ClusterState]:
-        """Return the clusters' new adapters, and who is in which; see `Arrivals` for what is in memory."""
+        """Return the clusters' new adapters and the new state; see `Arrivals` for what is held in memory."""
         clusters = split_clusters(params)
         arrivals = Arrivals(self.tasks, clusters, self._lazy(state), state.evidence)
         for upload in uploads:
@@ -115,7 +117,7 @@ class Clustered:
         return Aggregate(join_clusters(new), state, metrics, _by_client(stand_ins))
 
     def digests(self, state: ClusterState) -> dict[str, bytes]:
-        """Return, of a lazy sum, the history of each client of which the server has every slot."""
+        """Return, for a lazy sum, the history digest of each client of which the server has every slot."""
         known: Mapping[str, bytes] = state.inner.digests if self._lazy(state) else {}
         found = {}
         for client, labels in state.assignment.items():
@@ -154,7 +156,7 @@ def _count(seen: Seen) -> dict[str, float]:
 
 
 def _by_client(stand_ins: Mapping[str, str]) -> dict[str, str]:
-    """Return which clients stood in for the slots of each, separated by commas."""
+    """Return, for each client, the clients that stood in for its slots, separated by commas."""
     kin: dict[str, dict[str, None]] = {}
     for name, other in stand_ins.items():
         kin.setdefault(name.rpartition("#")[0], {})[other.rpartition("#")[0]] = None

@@ -1,4 +1,4 @@
-"""Stand-ins for clients that did not answer, in front of any mean; among them SAFARI's surrogates.
+"""Stand-ins for clients that did not answer, for use with any mean; among them SAFARI's surrogates.
 
 Y. Mao, Z. Zhao, M. Yang, et al., "SAFARI: Sparsity-Enabled Federated Learning with Limited and Unreliable
 Communications", IEEE TMC 23(5), 2024, https://arxiv.org/abs/2204.02321.
@@ -13,21 +13,22 @@ s_ij           similarity of clients i and j               `Similarity`
 j*(i)          argmax of s_ij over j in R_t                `Similarity.nearest`
 =============  ==========================================  =====================================
 
-`Compensated` hands the uploads on to a mean and adds one for each missing client: its weight, and what it counts
-with by `fedkit.aggregation.missing`. So any mean will do, of masked updates or whole ones, of parts of the model
-or of the products of LoRA factors; and what each mean does with entries that a client does not hold, it does
-with a stand-in's.
+`Compensated` passes the uploads on to a mean and adds a stand-in for each missing client, with that client's
+weight and the update that `fedkit.aggregation.missing` chooses for it. So it works with any mean: of masked or
+whole updates, of parts of the model, or of the products of LoRA factors. Entries that a stand-in does not hold are
+treated as the mean treats entries that a client does not hold.
 
 Deviations from the paper
 -------------------------
-The paper was known through its abstract and a third-party replication. `fedkit.strategies.Safari.published`
-follows those: similarity −‖w_i − w_j‖, last value kept; ``θ ← (1/N) Σ w_i``, which shrinks entries that few
-clients keep; no warm-up. The default differs where that was measured to be worse: similarity is the running mean
-of the cosine of updates over the entries that both sent, recent rounds counting more; a surrogate weighs as much
-as it is similar, so that it fades where updates are mostly noise; an entry is averaged over those that keep it,
-clients count by their examples, and the first rounds only observe. In both, similarity is between uploads of one
-round, so that the server need keep no model of a client; a missing client whose similarity to all that arrived is
-unknown, or that was never heard from, has no surrogate; and if nobody answered, the parameters stay.
+The paper was known only through its abstract and a third-party replication. `fedkit.strategies.Safari.published`
+follows those: the similarity is −‖w_i − w_j‖, of which the last value is kept; ``θ ← (1/N) Σ w_i`` shrinks entries
+that few clients keep; there is no warm-up. The default differs where that was measured to be worse: similarity is
+the running mean of the cosine of updates over the entries that both clients sent, with recent rounds counting
+more; a surrogate is weighted by its similarity, so that it fades where updates are mostly noise; an entry is
+averaged over the clients that keep it; clients are weighted by their number of examples; and the first rounds only
+observe. In both, similarity is between uploads of the same round, so that the server need not keep a model of each
+client. A missing client has no surrogate if it was never heard from, or if its similarity to all clients that
+answered is unknown. If nobody answered, the parameters stay.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from fedkit.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Compensated:
-    """A mean over the clients that answered, and over what the missing ones count with.
+    """A mean over the clients that answered and the stand-ins of those that did not.
 
     "safari" has all uploads of a round in memory, the other choices one at a time.
     """
@@ -63,7 +64,7 @@ class Compensated:
     weighted: bool = True  # by number of examples; False: every client counts the same
 
     def init(self, params: NamedArrays) -> CompensateState:
-        """Return the state of a server that knows nobody, its memory in RAM: see `recall`."""
+        """Return the state of a server that knows no client yet, its memory in RAM; see `recall`."""
         return self.recall(params, {}, None)
 
     def remember(self, state: CompensateState) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class Compensated:
 
 
 def compensated(inner: Aggregator[Any], missing: Missing) -> Aggregator[Any]:
-    """Return a mean that counts missing clients as `missing` says; with "drop" the mean itself.
+    """Return `inner` with stand-ins for missing clients as `missing` says; with "drop", `inner` itself.
 
     Raises
     ------
@@ -115,7 +116,7 @@ def compensated(inner: Aggregator[Any], missing: Missing) -> Aggregator[Any]:
         return inner
     if isinstance(inner, Clustered):
         return replace(inner, inner=compensated(inner.inner, missing))
-    # under sparse models an update is that of a model which is no more: measured to be worse than the kin's
+    # a client's last update belongs to a sparse model that is gone: measured worse than the most similar client's
     lasting = not isinstance(inner, ProductMean) and not (isinstance(inner, MaskedMean) and inner.sparse_model)
     missing = missing.settled(lasting=lasting)
     if not isinstance(inner, Mean | MaskedMean | ProductMean):

@@ -7,15 +7,15 @@ Compression", ICML 2021, https://arxiv.org/abs/2102.07845, algorithm 1.
 paper       meaning                                              here
 ==========  ===================================================  ==========================================
 g^k         the estimate                                         `Estimate.mean`
-c_k         whether all send whole gradients, with chance p      uploads are `fresh`; the strategy decides
+c_k         whether all send whole gradients (probability p)      uploads are `fresh`; the strategy decides
 Q(…)        coded difference of two successive gradients         any other `Upload.arrays`
 γ           step size                                            `step_size`
 ==========  ===================================================  ==========================================
 
 Deviations from the paper
 -------------------------
-The gradient is minus the update of local training divided by the step size. A client whose last upload did not
-arrive has nothing in the estimate to add to: it is silent until all send whole updates again.
+The gradient is minus the update of local training, divided by the step size. A client whose last upload was lost
+has nothing in the estimate to add to: it skips rounds until all clients send whole updates again.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from fedkit.arrays import NamedArrays, add, num_values, unflatten
 
 @dataclass(slots=True)
 class Estimate:
-    """What the server believes the mean update to be."""
+    """The server's estimate of the mean update."""
 
     mean: NDArray[np.float32]
-    digests: dict[str, bytes] = field(default_factory=dict)  # of those whose upload of the last round is in it
+    digests: dict[str, bytes] = field(default_factory=dict)  # of clients whose last-round upload is in it
 
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Adds the mean of the differences that arrived, or takes the mean of whole updates, and steps along that."""
+    """Adds the mean difference to the estimate, or replaces it by the mean update; steps along it."""
 
     weighted: bool = True  # by number of examples; False: every client counts the same
     step_size: StepSize = field(
@@ -49,7 +49,7 @@ class Differences:
     )  # what the estimate is multiplied by, by round if callable
 
     def init(self, params: NamedArrays) -> Estimate:
-        """Return the estimate before anybody answered: zeros."""
+        """Return the initial estimate: zeros."""
         return Estimate(np.zeros(num_values(params), np.float32))
 
     def __call__(

@@ -1,37 +1,37 @@
-"""What tells which task a slot is for: the adapter it sent, all updates that it ever sent, or what it is about.
+"""Evidence of a slot's task: the adapter it sent, all updates that it ever sent, or its examples' features.
 
 ==============  ==============================================================================================
 evidence        what of a slot is clustered
 ==============  ==============================================================================================
 ``"adapters"``  the adapter of this round, as FL-TAC has it: `fedkit.aggregation.signatures`
 ``"updates"``   the sum of its updates of all rounds so far, the t-th weighted by 1/t
-``"features"``  the mean of what its examples are to the frozen model, sent once
+``"features"``  the mean features of its examples in the frozen model, sent once
 ``"auto"``      features, if all slots of the round have them and their clusters are clear; else adapters
 ==============  ==============================================================================================
 
-All but the adapters are ours. An adapter is the one that its slot started from, its cluster's, and a small
-update: a slot that was put into a wrong cluster stays near it. But a slot's task never changes, so what its
+All but the adapters are our own. An adapter is the adapter of its cluster, which its slot started from, plus a
+small update: a slot that was put into a wrong cluster stays near it. But a slot's task never changes, so what its
 updates have in common adds up over the rounds, while the noise of a few local steps does not, and the start is not
-in the sum. A slot thus finds its cluster later, and from then on starts from that cluster's adapter. It needs
-slots that keep their tasks. What adds up, too, is how a client's data differ from those of others with its task:
-once an adapter is trained, this is all that updates say. So the first ones weigh most. Rows that are mostly noise
-are clustered by `fedkit.aggregation.alike`.
+in the sum. A slot thus finds its cluster in a later round, and from then on starts from that cluster's adapter.
+This needs slots that keep their tasks. What also adds up is how a client's data differ from those of other clients
+with the same task; once an adapter is trained, updates show nothing else. So the first updates weigh most. Rows
+that are mostly noise are clustered by `fedkit.aggregation.alike`.
 
-Features say which texts or images a task is about, from the first round on and however short training is. They
-are the mean of what the model's head is given while the slot is trained for the first time, up to 1.4 kB
-(`fedkit.clients.features`). Two tasks about the same examples have the same features: nothing tells them apart
-then, and "auto" goes by the adapters (`fedkit.aggregation.tasks.Tasks.apart`). So it does where clients' examples
-differ more than tasks' do, if clients have several tasks; if each has only one, features tell clients apart. And
-the server learns what the mean example of a slot is like, of which updates say less; Flower's `LocalDpMod` does
-not cover it. Clients that are clustered by statistics of their data, which they send before all training:
-S. Vahidian et al., "Efficient Distribution Similarity Identification in Clustered Federated Learning via Principal
-Angles Between Client Data Subspaces", AAAI 2023.
+Features show which texts or images a task is about, from the first round on and however short training is. They
+are the mean input of the model's head while the slot is trained for the first time, up to 1.4 kB
+(`fedkit.clients.features`). Two tasks on the same examples have the same features, which then cannot tell them
+apart, and "auto" goes by the adapters (`fedkit.aggregation.tasks.Tasks.apart`). It also goes by the adapters where
+examples differ more between clients than between tasks, if clients have several tasks; if each client has only
+one, features tell clients apart. Features also show the server what the mean example of a slot is like, about
+which updates say less; Flower's `LocalDpMod` does not cover them. Another method that clusters clients by
+statistics of their data, sent before all training: S. Vahidian et al., "Efficient Distribution Similarity
+Identification in Clustered Federated Learning via Principal Angles Between Client Data Subspaces", AAAI 2023.
 
-Of each slot the server keeps a row for its LoRA factors and one for all other arrays, the head: exact up to
-`WIDTH` values, else sketched, which is linear, so that a sum of sketches is the sketch of the sum. Sums are
-compared by direction, for clients answer more often or less: from each row the mean of all known slots is taken,
-but of those that are far off, and what is left has unit length. So the head, whose updates are larger, does not
-outweigh the factors. Slots that are absent are clustered along, in place of the clusters' present adapters.
+For each slot the server keeps one row for its LoRA factors and one for all other arrays, the head. A row is exact
+up to `WIDTH` values, else sketched; sketching is linear, so a sum of sketches is the sketch of the sum. Since some
+clients answer more often than others, sums are compared by direction: the mean over all known slots, outliers left
+out, is subtracted from each row, and the rest is scaled to unit length. So the head, whose updates are larger,
+does not outweigh the factors. Absent slots are clustered as well, in place of the clusters' current adapters.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ from fedkit.errors import ReplyError
 
 Evidence: TypeAlias = Literal["auto", "adapters", "updates", "features"]
 Sum: TypeAlias = tuple[int, Row]
-"""How many updates a slot sent, and their sum, shape (2, `WIDTH`); of features, 1 and the row."""
+"""How many updates a slot sent, and their sum, shape (2, `WIDTH`); for features, 1 and the row."""
 Sums: TypeAlias = Mapping[str, Sum]
-"""Of each slot, by name."""
+"""The sum of each slot, by slot name."""
 
 WIDTH: Final = 1024
 """Values of each of a slot's two rows."""
 FEATURES: Final = "features"
-"""What the server's instructions, the app's reply and the report call them."""
+"""The name of features in the server's instructions, the app's reply and the client's report."""
 ASKED: Final[Mapping[str, str]] = {"features": "must", "auto": "may"}
-"""What instructions say of them, by evidence: whether a reply without any is refused."""
+"""What the instructions say about features, by evidence: "must" if a reply without them is refused."""
 MOST: Final = 512
-"""Features of a slot, at most; more are sketched."""
+"""Features of a slot, at most; longer ones are sketched."""
 FAR: Final = 4.0
-"""A row that is this many times as far from the middle as the median one does not count in the mean."""
+"""A row this many times as far from the elementwise median as the median row is left out of the mean."""
 
 
 def slot_name(client: str, slot: int) -> str:
@@ -74,7 +74,7 @@ def slot_name(client: str, slot: int) -> str:
 
 
 def told(start: NamedArrays, update: NamedArrays, kind: Signature) -> Row:
-    """Return what one update says of its slot, shape (2, `WIDTH`)."""
+    """Return one update as evidence of its slot's task, shape (2, `WIDTH`)."""
     factors = {name for pair in lora_pairs(start) for name in pair}
     rows = np.zeros((2, WIDTH), np.float32)
     for row, names in zip(rows, (factors, start.keys() - factors), strict=True):
@@ -96,19 +96,19 @@ def summed(known: Sum | None, row: Row) -> Sum:
 
 
 def features_to_text(means: NDArray[np.float32]) -> str:
-    """Return the features of a client's slots, one row each, as its report says them: float16, base64."""
+    """Return the features of a client's slots, one row each, encoded for its report: float16, base64."""
     rows = means if means.shape[1] <= MOST else np.stack([sketch(row, MOST) for row in means])
-    largest = np.finfo(np.float16).max  # what is beyond, is that
+    largest = np.finfo(np.float16).max  # larger values are clipped to this
     return b64encode(np.clip(rows, -largest, largest).astype("<f2").tobytes()).decode()
 
 
 def features_from_text(text: object, num_slots: int) -> list[Row]:
-    """Return what a report says of each of its client's slots, shape (2, `WIDTH`).
+    """Return the features of each of a client's slots from its report, shape (2, `WIDTH`) each.
 
     Raises
     ------
     ReplyError
-        If that is not one row of finite values for each.
+        If the text is not one row of finite values for each slot.
     """
     try:
         values = np.frombuffer(b64decode(str(text), validate=True), "<f2").astype(np.float32)
@@ -123,7 +123,7 @@ def features_from_text(text: object, num_slots: int) -> list[Row]:
 
 
 def compared(sums: Sums, before: Assignment, num_clusters: int) -> tuple[Points, Points]:
-    """Return a row for each slot, and for each cluster the mean of those that were in it; nobody's: zeros."""
+    """Return a row for each slot, and for each cluster the mean row of its last members; zeros if it had none."""
     stacked = np.array([row for _, row in sums.values()], np.float64).reshape(-1, 2, WIDTH)
     centred = stacked - _middle(stacked)
     lengths = np.linalg.norm(centred, axis=2, keepdims=True)
@@ -142,7 +142,7 @@ def compared(sums: Sums, before: Assignment, num_clusters: int) -> tuple[Points,
 
 
 def _middle(stacked: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the mean of the rows, shape (2, `WIDTH`), but of those that are far from the median of each value."""
+    """Return the mean of the rows, shape (2, `WIDTH`), without those that are far from the elementwise median."""
     if not len(stacked):
         return np.zeros(stacked.shape[1:])
     lengths = np.linalg.norm(stacked - np.median(stacked, axis=0), axis=2)

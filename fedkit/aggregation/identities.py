@@ -1,4 +1,4 @@
-"""Which cluster is which: the numbers of clusters from round to round, and how well they agree with true tasks."""
+"""Cluster numbers that persist from round to round, and how well clusters agree with the true tasks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from fedkit.aggregation.kmeans import Points, distances
 
 Assignment: TypeAlias = Mapping[str, Sequence[int]]
-"""A number for each slot, by client id."""
+"""The number of each slot's cluster or task, by client id."""
 
 
 def match(labels: Sequence[int], points: Points, former: Points) -> list[int]:
-    """Return `labels` renumbered so that the clusters' means are nearest, in all, to the rows of `former`.
+    """Return `labels` renumbered so that the clusters' means are nearest, in total, to the rows of `former`.
 
-    Only which rows share a label matters, not which label it is. The cheapest one-to-one matching (H. W. Kuhn,
-    "The Hungarian Method for the Assignment Problem", 1955).
+    Only which rows share a label matters, not which label it is. The renumbering is the cheapest one-to-one
+    matching (H. W. Kuhn, "The Hungarian Method for the Assignment Problem", 1955).
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -63,7 +63,7 @@ def purity(assignment: Assignment, tasks: Assignment) -> float:
 
 
 def adjusted_rand_index(assignment: Assignment, tasks: Assignment) -> float:
-    """Return how well pairs of slots that share a cluster are those that share a task; for evaluation alone.
+    """Return how well sharing a cluster agrees with sharing a task, over pairs of slots; for evaluation alone.
 
     1: exactly; 0: as by chance. L. Hubert and P. Arabie, "Comparing Partitions", J. of Classification 2, 1985.
 
@@ -82,7 +82,7 @@ def adjusted_rand_index(assignment: Assignment, tasks: Assignment) -> float:
 
 
 def _table(assignment: Assignment, tasks: Assignment) -> NDArray[np.int64]:
-    """Return how many slots each cluster, a row, has of each task, a column."""
+    """Return the number of slots in each cluster (row) of each task (column)."""
     clusters, true = np.array(_pairs(assignment, tasks), np.int64).reshape(-1, 2).T
     table = np.zeros((1 + clusters.max(initial=-1), 1 + true.max(initial=-1)), np.int64)
     np.add.at(table, (clusters, true), 1)
@@ -90,6 +90,6 @@ def _table(assignment: Assignment, tasks: Assignment) -> NDArray[np.int64]:
 
 
 def _pairs(assignment: Assignment, tasks: Assignment) -> list[tuple[int, int]]:
-    """Return (cluster, task) of every slot that both know."""
+    """Return (cluster, task) for every slot that is in both."""
     names = [name for name in assignment if name in tasks]
     return [pair for name in names for pair in zip(assignment[name], tasks[name], strict=False)]

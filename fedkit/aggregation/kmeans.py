@@ -1,13 +1,13 @@
-"""k-means with rows that must not share a cluster: seeded by k-means++, or by centroids that are known.
+"""k-means with cannot-link constraints, seeded by k-means++ or by known centroids.
 
 D. Arthur and S. Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007; S. P. Lloyd, "Least
-Squares Quantization in PCM", IEEE TIT 28(2), 1982; rows that must not link as in K. Wagstaff, C. Cardie, S. Rogers
+Squares Quantization in PCM", IEEE TIT 28(2), 1982; cannot-link constraints as in K. Wagstaff, C. Cardie, S. Rogers
 and S. Schrödl, "Constrained K-means Clustering with Background Knowledge", ICML 2001.
 
 Deviations
 ----------
-COP-KMEANS places rows one by one, and fails where none is left to place the next; here the rows of one owner are
-placed at once, by the cheapest assignment to different clusters. Seeding begins with all rows of one owner.
+COP-KMEANS assigns rows one by one, and fails if no cluster is left for the next row. Here all rows of one owner
+are assigned at once, to different clusters at the least cost. Seeding begins with all rows of one owner.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Points: TypeAlias = NDArray[np.float64]
 Labels: TypeAlias = NDArray[np.int64]
 
 STARTS: Final = 20
-"""How often k-means is begun anew at most: it ends earlier when the best is found for the `AGAIN`-th time."""
+"""Random starts, at most; k-means ends earlier once the best result has been found `AGAIN` times."""
 AGAIN: Final = 3
 STEPS: Final = 50
-"""How many steps each takes at most."""
+"""Steps of each start, at most."""
 
-_SAME: Final = 1e-4  # relative difference of the sums of squares of two results that are as good
+_SAME: Final = 1e-4  # relative difference of the sums of squares of two results that count as equally good
 
 
 def kmeans(
@@ -44,20 +44,20 @@ def kmeans(
 ) -> list[int]:
     """Return the cluster of each row of `points`: the best, by squared distances, of several starts.
 
-    There are no more clusters than different rows. Their numbers say nothing.
+    There are at most as many clusters as distinct rows. The clusters' numbers are arbitrary.
 
     Parameters
     ----------
     points : array
         Shape (rows, values).
     num_clusters : int
-        At most so many.
+        The maximum number of clusters.
     seed : int
-        Of the starts.
+        Seed of the starts.
     owners : Sequence[str], optional
         One name per row; rows of the same name never share a cluster, unless there are too few clusters.
     known : array, optional
-        Centroids to begin with in one more start, of at most `num_clusters` rows: those of the round before.
+        Centroids for one additional start, at most `num_clusters` rows: those of the previous round.
     """
     count = min(num_clusters, _num_different(points))
     centre = points.mean(axis=0)
@@ -79,7 +79,7 @@ def kmeans(
 
 
 def distances(points: Points, centroids: Points, lengths: Points | None = None) -> Points:
-    """Return the squared distance of every row of `points`, of known squared lengths, to each of `centroids`."""
+    """Return the squared distance of each row of `points`, of squared `lengths` if known, to each centroid."""
     lengths = squared_lengths(points) if lengths is None else lengths
     squares = lengths[:, None] + squared_lengths(centroids)
     apart = squares - 2 * (points @ centroids.T)
@@ -93,7 +93,7 @@ def squared_lengths(points: Points) -> Points:
 
 
 def rows_of(owners: Sequence[str]) -> list[Labels]:
-    """Return the rows of each owner, in the order of their first ones."""
+    """Return the rows of each owner, ordered by each owner's first row."""
     found: dict[str, list[int]] = {}
     for row, owner in enumerate(owners):
         found.setdefault(owner, []).append(row)
@@ -102,7 +102,7 @@ def rows_of(owners: Sequence[str]) -> list[Labels]:
 
 @dataclass(frozen=True, slots=True)
 class _Owned:
-    """Which rows have one owner."""
+    """The rows of each owner."""
 
     rows: Labels  # the first row of each owner
     several: list[Labels]  # all rows of each owner that has several
@@ -121,12 +121,12 @@ class _Owned:
 
 
 def _num_different(points: Points) -> int:
-    """Return how many rows differ."""
+    """Return the number of distinct rows."""
     return len({row.tobytes() for row in points + 0.0})  # +0.0, for −0 is 0
 
 
 def shortened(points: Points, known: Points | None) -> tuple[Points, Points | None]:
-    """Return rows with the same distances to each other, of no more values than there are rows."""
+    """Return rows with the same distances to each other, but no more values than there are rows."""
     count = len(points)
     together = points if known is None else np.vstack([points, known])
     if together.shape[1] > len(together):
@@ -135,9 +135,9 @@ def shortened(points: Points, known: Points | None) -> tuple[Points, Points | No
 
 
 def _spread(points: Points, owned: _Owned, count: int, rng: np.random.Generator) -> Points:
-    """Return `count` rows: a random owner's, then the best of some drawn by squared distance to those before.
+    """Return `count` rows: a random owner's, then each the best of several drawn by squared distance.
 
-    With owners of one row each this is greedy k-means++, of as many draws as scikit-learn makes.
+    If each owner has one row, this is greedy k-means++ with as many draws as scikit-learn makes.
     """
     chosen = owned.first(rng)[:count]
     lengths = squared_lengths(points)
@@ -163,7 +163,7 @@ def _lloyd(points: Points, centroids: Points, owned: _Owned) -> tuple[float, Lab
 
 
 def means(points: Points, labels: Labels, empty: Points) -> Points:
-    """Return the mean of each cluster, `empty`'s row for one without rows."""
+    """Return the mean of each cluster; for a cluster without rows, its row of `empty`."""
     member = np.zeros((len(empty), len(points)))
     member[labels, np.arange(len(points))] = 1.0
     counts = member.sum(axis=1, keepdims=True)
@@ -171,7 +171,7 @@ def means(points: Points, labels: Labels, empty: Points) -> Points:
 
 
 def _nearest(apart: Points, owned: _Owned) -> Labels:
-    """Return the nearest column of each row: of one owner's rows different ones, the nearest in all."""
+    """Return the nearest column of each row; for the rows of one owner, different columns, nearest in total."""
     from scipy.optimize import linear_sum_assignment
 
     labels = np.asarray(apart.argmin(axis=1), np.int64)

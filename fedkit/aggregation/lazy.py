@@ -16,11 +16,11 @@ q_m         what the server has from m     `LazyState.memory`
 
 Deviations from the paper
 -------------------------
-An upload is an update (local − received) divided by the step size, which is minus the paper's gradient if the
-client took one step of SGD, and is the update itself at the default of 1: ``θ ← θ + α mean``. The mean is weighted
-by the number of examples unless `weighted` is False. By default the sum is taken anew each round over what every
-client sent, which costs O(clients), never drifts, and lets a client leave, weigh more or start anew; the paper's
-running sum is ``memory="sum"``.
+An upload is an update (local − received) divided by the step size. It is minus the paper's gradient if the client
+took one step of SGD, and the update itself at the default step size of 1: ``θ ← θ + α mean``. The mean is weighted
+by the number of examples unless `weighted` is False. By default the sum is recomputed each round over what every
+client sent, which costs O(clients), never drifts, and lets a client leave, change its weight or start anew; the
+paper's running sum is ``memory="sum"``.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class LazyState:
     """What the server has from each client; changed in place."""
 
     memory: Memories
-    weights: dict[str, float] = field(default_factory=dict)  # of the last reply of those in `memory`
-    submodels: dict[str, str] = field(default_factory=dict)  # which part those hold that do not hold the whole
+    weights: dict[str, float] = field(default_factory=dict)  # from the last reply of each client in `memory`
+    submodels: dict[str, str] = field(default_factory=dict)  # the part that a client holds, if not all
 
     @classmethod
     def open(
@@ -62,7 +62,7 @@ class LazyState:
         digests: Mapping[str, bytes] | None = None,
         weights: Mapping[str, float] | None = None,
     ) -> Self:
-        """Return the state whose values are in files, with what of an earlier run's is there, and has a weight."""
+        """Return a state kept in files, with the values of an earlier run that are found and have a weight."""
         memory, weights = Memories(like, folder), weights or {}
         known = {name: digest for name, digest in (digests or {}).items() if name in weights}
         found = {name: weights[name] for name, digest in known.items() if memory.open(name, digest)}
@@ -70,11 +70,11 @@ class LazyState:
 
     @property
     def digests(self) -> Mapping[str, bytes]:
-        """Return the history of each client that may add to it; all others must start anew."""
+        """Return the history digest of each client that may add to its memory; all others must start anew."""
         return self.memory.digests
 
     def take(self, upload: Upload, weight: float) -> None:
-        """Add an upload to what its client sent, or replace that."""
+        """Add an upload to what its client sent before, or replace that."""
         name, arrays = upload.client_id, upload.arrays
         if not upload.fresh and upload.submodel != self.submodels.get(name, ""):
             logger.warning("Client %r holds another part of the model than before: it starts anew.", name)
@@ -112,7 +112,7 @@ class LazyState:
             yield self.weights[name], vector, owned.get(self.submodels.get(name, ""))
 
     def mean(self, owned: Owned = NO_PARTS, members: Collection[str] | None = None) -> NDArray[np.float32]:
-        """Return the weighted mean, of each entry over the clients that hold it; zero where there is none."""
+        """Return the weighted mean, of each entry over the clients that hold it; zero where no client does."""
         total: Total = 0.0
         sums = np.zeros(self.memory.num_values, np.float64)
         scaled = np.empty_like(sums)
@@ -130,7 +130,7 @@ class LazyState:
 
 @dataclass(slots=True)
 class LazySum:
-    """The weighted sum of what all clients sent; of each client only its weight and digest. Changed in place."""
+    """The weighted sum of what all clients sent; per client, only weight and digest. Changed in place."""
 
     total: NDArray[np.float64]
     weights: dict[str, float] = field(default_factory=dict)  # of each client's first upload
@@ -142,7 +142,7 @@ class LazySum:
         name, arrays = upload.client_id, upload.arrays
         if arrays is None:
             return
-        if upload.fresh and name in self.weights:  # what is in the sum of it can no longer be told
+        if upload.fresh and name in self.weights:  # its share of the sum is no longer known
             self.broken = True
             return
         if not upload.fresh and name not in self.weights:
@@ -157,7 +157,7 @@ class LazySum:
         return (self.total / (sum(self.weights.values()) or 1.0)).astype(np.float32)
 
     def carried(self) -> LazySum:
-        """Return the state for the next round: an empty one if the sum holds what no client knows any more."""
+        """Return the state for the next round: an empty one if the sum holds what its client has lost."""
         if not self.broken:
             return self
         logger.warning("A client lost its memory, so the sum is void: all %d start anew.", len(self.weights))
@@ -166,18 +166,18 @@ class LazySum:
 
 @dataclass(frozen=True, slots=True)
 class LazyMean:
-    """Adds innovations to what the clients sent and steps along the mean, over all clients ever heard from.
+    """Adds innovations to what each client sent and steps along the mean over all clients ever heard from.
 
     Parameters
     ----------
     weighted : bool
-        By number of examples; False: every client counts the same.
+        Whether to weight by number of examples; False: every client counts the same.
     memory : {"each", "sum"}
-        Whether the server remembers what each client sent, or their sum alone; see `fedkit.strategies.Aquila`.
+        Whether the server remembers what each client sent, or only the sum; see `fedkit.strategies.Aquila`.
     step_size : float or callable
         What the mean is multiplied by, by round if callable.
     gap : bool
-        Whether to measure that of LoRA factors (`fedkit.aggregation.lora`), over what clients hold; of "each".
+        Whether to measure the gap of LoRA factors (`fedkit.aggregation.lora`) over what clients hold; with "each".
 
     Raises
     ------
@@ -187,7 +187,7 @@ class LazyMean:
 
     weighted: bool = True
     memory: Memory = "each"
-    step_size: StepSize = field(default=1.0, repr=False)  # two runs of one function have two addresses of it
+    step_size: StepSize = field(default=1.0, repr=False)  # a function's repr differs from run to run
     gap: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -195,13 +195,13 @@ class LazyMean:
             raise ConfigError(f"memory: expected 'each' or 'sum', got {self.memory!r}. Name one of them.")
 
     def init(self, params: NamedArrays) -> LazyState | LazySum:
-        """Return the state of a server that has heard from nobody; of "each", in RAM: see `LazyState.open`."""
+        """Return the state of a server that knows no client yet; with "each", in RAM: see `LazyState.open`."""
         if self.memory == "sum":
             return LazySum(np.zeros(num_values(params), np.float64))
         return LazyState(Memories(params))
 
     def remember(self, state: LazyState | LazySum) -> dict[str, Any]:
-        """Return the plain values that `recall` needs: of "each" all but the arrays, which are in files."""
+        """Return the plain values that `recall` needs: with "each", all but the arrays, which are in files."""
         saved: dict[str, Any] = {"weights": dict(state.weights), "digests": dict(state.digests)}
         if isinstance(state, LazySum):
             return saved | {"total": state.total}
@@ -210,8 +210,8 @@ class LazyMean:
     def recall(self, params: NamedArrays, saved: Mapping[str, Any], folder: Path | None) -> LazyState | LazySum:
         """Return the state of a run that keeps files in `folder`; of a new one if `saved` is empty.
 
-        Clients whose files do not hold what was saved are left out, with a warning: what is there is the state's
-        `digests`, and everybody else must start anew.
+        Clients whose files do not hold what was saved are left out, with a warning: the state's `digests` have the
+        clients that were found, and all others must start anew.
         """
         weights, digests = saved.get("weights", {}), saved.get("digests", {})
         if self.memory == "sum":

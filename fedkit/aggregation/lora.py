@@ -3,8 +3,9 @@
 The mean of the products ``Σ wᵢ BᵢAᵢ`` is what averaging whole models would give. The product of the mean factors
 ``(Σ wᵢBᵢ)(Σ wᵢAᵢ)`` is something else, unless all clients share one factor; how far it is off is the *gap*.
 
-`ProductSum` adds products up without making them: factors are stacked, and a stack is decomposed by two thin QR
-and one small SVD. Only where the stack would be larger than the matrix itself is the matrix made.
+`ProductSum` adds products without forming them: the factors are stacked, and the stack is decomposed by two thin
+QR decompositions and one small SVD. The matrix is formed only where the stack would be larger than the matrix
+itself.
 
 All factors here are in the server's units (`fedkit.submodels`), so one α/r applies to all, and cancels in the gap.
 """
@@ -23,7 +24,7 @@ from fedkit.arrays import NamedArrays
 Matrix = NDArray[np.float64]
 
 LORA_GAP: Final = "lora-gap"
-"""The metric of a round: see `Products.gap`."""
+"""The name of this round metric; see `Products.gap`."""
 
 _NEGLIGIBLE: Final = 1e-7  # of the largest singular value: what float32 factors cannot tell from zero
 
@@ -100,7 +101,7 @@ class ProductSum:
         return other.norm()
 
     def svd(self) -> tuple[Matrix, Matrix, Matrix]:
-        """Return U, σ, Vᵀ with U diag(σ) Vᵀ = the sum; σ descends, and ends where float32 would not see it."""
+        """Return U, σ, Vᵀ with U diag(σ) Vᵀ = the sum; σ descends, without values too small for float32."""
         if self._dense is not None:
             u, sigma, vt = np.linalg.svd(self._dense, full_matrices=False)
         else:
@@ -123,21 +124,21 @@ def factors(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return B and A of rank `r` with the product nearest to a sum of products; exact if its rank is at most `r`.
 
-    The rows of A are orthogonal. Row and column of a component have the same length, √σ, unless that is less than
-    the rows of `before` have: then the row keeps their length, and the column takes the rest. So a component whose
-    σ is small, or zero, can still grow, for its column gets gradients through a row of full length; with √σ on
-    either side both would vanish together. And one whose σ is large trains as steadily as factors can; with all of
-    σ in B, gradient descent on A takes steps σ times too long. The leading components come first, for clients that
-    take fewer.
+    The rows of A are orthogonal. A component's row of A and column of B both have length √σ, unless the rows of
+    `before` are longer: then the row keeps their length, and the column takes the rest. So a component whose σ is
+    small, or zero, can still grow, since its column gets gradients through a row of full length; with √σ on both
+    sides, both would vanish together. A component whose σ is large trains as steadily as factors can; with all of
+    σ in B, gradient descent on A would take steps σ times too long. The leading components come first, for clients
+    that take fewer.
 
     Parameters
     ----------
     product : ProductSum
         The sum, of any rank.
     r : int
-        How many rows A shall have.
+        The number of rows of A.
     before : NDArray[np.float32]
-        A of before: says how long rows are at least, as its shortest that is not zero, and fills those that the
+        The previous A. Its shortest nonzero row gives the minimum length of rows, and its rows fill those that the
         product does not determine, whose columns of B are zero.
     """
     u, sigma, vt = product.svd()
@@ -151,7 +152,7 @@ def factors(
     a[:kept] = vt[:kept] * each[:, None]
     if kept < r:
         a[kept:] = _completion(vt[:kept], rows, r - kept) * length
-    signs = np.where(np.einsum("ij,ij->i", a, rows) < 0, -1.0, 1.0)  # those of before, so that A turns the least
+    signs = np.where(np.einsum("ij,ij->i", a, rows) < 0, -1.0, 1.0)  # as before, so that A turns least
     return (b * signs).astype(np.float32), (a * signs[:, None]).astype(np.float32)
 
 
@@ -164,7 +165,7 @@ def _completion(rows: Matrix, candidates: Matrix, count: int) -> Matrix:
 
 
 class Products:
-    """The mean of the products of what clients hold, layer by layer."""
+    """The mean of the products of the clients' factors, layer by layer."""
 
     def __init__(self, like: NamedArrays) -> None:
         self.sums: Mapping[Pair, ProductSum] = {
@@ -181,7 +182,7 @@ class Products:
             product.add(weight, b, a)
 
     def shift(self, weight: float, arrays: NamedArrays) -> None:
-        """Add the products of arrays that are no client's, so many times."""
+        """Add the products of arrays that are no client's, times `weight`; `total` does not change."""
         for pair, product in self.sums.items():
             product.add(weight, arrays[pair.b], arrays[pair.a])
 

@@ -20,7 +20,7 @@ from fedkit.aggregation.protocol import Aggregate, Cohort, StepSize, Upload, ste
 from fedkit.arrays import Mask, NamedArrays, add, flatten, num_values, unflatten, zeros_like
 
 Total: TypeAlias = float | NDArray[np.float64]
-"""The sum of the weights: of all clients, or entry by entry of those that hold it."""
+"""The sum of the weights: over all clients, or for each entry over those that hold it."""
 
 Owned: TypeAlias = Mapping[str, NDArray[np.bool_]]
 NO_PARTS: Final[Owned] = MappingProxyType({})
@@ -32,7 +32,7 @@ class Mean:
 
     weighted: bool = True  # by number of examples; False: every client counts the same
     step_size: StepSize = field(default=1.0, repr=False)  # what the mean is multiplied by, by round if callable
-    gap: bool = field(default=False, repr=False)  # whether to measure that of LoRA factors; see `Products`
+    gap: bool = field(default=False, repr=False)  # whether to measure the gap of LoRA factors: `Products`
 
     def init(self, params: NamedArrays) -> None:
         """Return nothing: there is nothing to remember."""
@@ -62,10 +62,10 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class MaskedMean:
-    """The mean of updates that are sparse: of each entry over those whose mask keeps it; SAFARI's.
+    """SAFARI's mean of sparse updates: each entry is averaged over the clients whose mask keeps it.
 
-    With `sparse_model`, as published, the mean of the models under their masks, over all clients: it shrinks
-    what few of them keep.
+    With `sparse_model`, as published, it is the mean of the masked models over all clients, which shrinks entries
+    that few of them keep.
     """
 
     weighted: bool = True  # by number of examples; False: every client counts the same
@@ -93,7 +93,7 @@ class MaskedMean:
 
 
 def _mask(upload: Upload, cohort: Cohort, params: NamedArrays) -> Mask | None:
-    """Return which entries an upload is of; None: all."""
+    """Return which entries an upload covers; None: all."""
     own = cohort.owned.get(upload.submodel)
     return upload.mask if upload.mask is not None or own is None else unflatten(own, like=params)
 
@@ -106,7 +106,7 @@ def _under(mask: Mask | None, arrays: NamedArrays) -> NamedArrays:
 def mean_of(
     uploads: Iterable[Upload], weighted: bool, *, like: NamedArrays, owned: Owned = NO_PARTS
 ) -> NDArray[np.float32]:
-    """Return the mean of the uploads as one vector, of each entry over the clients that hold it; else zero."""
+    """Return the mean of the uploads as one vector, of each entry over the clients that hold it; zero if none."""
     total: Total = 0.0
     sums = np.zeros(num_values(like), np.float64)
     scaled = np.empty_like(sums)
@@ -121,12 +121,12 @@ def mean_of(
 
 
 def plus(total: Total, weight: float, own: NDArray[np.bool_] | None) -> Total:
-    """Return the total with one client's weight, where it holds something; None: everywhere."""
+    """Return the total plus one client's weight, at the entries that it holds; None: at all."""
     return total + (weight if own is None else weight * own.astype(np.float64))
 
 
 def divided(sums: NDArray[np.float64], total: Total) -> NDArray[np.float64]:
-    """Return sums / total, in place; zero where the total is, for nobody has a say there."""
+    """Return sums / total, in place; zero where the total is zero."""
     if isinstance(total, float):
         return np.divide(sums, total, out=sums) if total else sums
     return np.divide(sums, total, out=sums, where=total > 0)

@@ -1,7 +1,7 @@
-"""What the server has from each client: in RAM, or one file per client.
+"""What the server has from each client: in RAM, or in one file per client.
 
-On disk a server needs RAM for a few vectors of parameters, however many clients there are, and a client that
-left, or whose file is lost, is corrected alone. A file has two slots of the same size::
+With files, a server needs RAM for only a few vectors of parameters, however many clients there are, and a client
+that left, or whose file is lost, does not affect the others. A file has two slots of the same size::
 
     0   8 bytes   magic, "fedkit-m"
     8   8         schema: `fedkit.arrays.schema_digest` of the arrays
@@ -10,11 +10,12 @@ left, or whose file is lost, is corrected alone. A file has two slots of the sam
     36  28        zeros
     64  4 × n     values, float32, little-endian
 
-An update goes to the slot that is not in use, so the value before it outlives a crash in the middle of a round;
-`Memories.open` finds it by its digest. The checksum covers the whole slot: half a write is no value.
+An update goes to the slot that is not in use, so the previous value survives a crash in the middle of a round;
+`Memories.open` finds it by its digest. The checksum covers the whole slot, so that a partial write is not taken
+for a value.
 
-Files are read through a memory map and written with plain calls, for a full disk ends a process that writes
-through a map, and a call merely fails.
+Files are read through a memory map but written with plain calls: a full disk makes a call fail, but kills a
+process that writes through a map.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ class _LostError(Exception):
 class Memories(Mapping[str, NamedArrays]):
     """The arrays that the server has from each client, by client id, in sorted order.
 
-    It is changed in place. Of each client it knows the digest of the history that its arrays stand for.
+    It is changed in place. For each client it knows the digest of the history that its arrays result from.
 
     Parameters
     ----------
     like : NamedArrays
         Arrays with the names and shapes of a client's.
     folder : Path, optional
-        Where the files are; made if need be. None: everything stays in RAM.
+        Where the files are; created if needed. None: everything stays in RAM.
 
     Raises
     ------
@@ -107,7 +108,7 @@ class Memories(Mapping[str, NamedArrays]):
         return unflatten(vector.copy(), like=self._like)
 
     def vector(self, client_id: str) -> Vector | None:
-        """Return a client's arrays as one vector, to be read only; None if there are none, or none any more."""
+        """Return a client's arrays as one vector, read-only; None if there are none, or they were lost."""
         if client_id not in self._digests:
             return None
         if self.folder is None:
@@ -144,7 +145,7 @@ class Memories(Mapping[str, NamedArrays]):
                 raise _unusable(self.folder, error) from error
 
     def open(self, client_id: str, digest: bytes) -> bool:
-        """Take up the value with this digest, from an earlier run's file; return whether it is there."""
+        """Restore the value with this digest from an earlier run's file; return whether it is there."""
         if self.folder is None:
             return self._digests.get(client_id) == digest
         reasons: dict[str, None] = {}
@@ -162,10 +163,10 @@ class Memories(Mapping[str, NamedArrays]):
         return False
 
     def keep(self) -> None:
-        """Leave the values of now untouched until the next call, however many updates there are.
+        """Leave the current values untouched until the next call, however many updates follow.
 
-        To be called after every checkpoint, or after none: without any call a value outlives one update, which is
-        enough if there is a checkpoint after every round.
+        Call it after every checkpoint, or never: without any call a value survives one update, which is enough if
+        there is a checkpoint after every round.
         """
         self._kept = dict(self._slots)
 
@@ -180,7 +181,7 @@ class Memories(Mapping[str, NamedArrays]):
         self._forget(client_id)
 
     def _path(self, client_id: str) -> Path:
-        """Return a client's file, named by a hash: an id may hold anything, and nobody finds two with one hash."""
+        """Return a client's file, named by a hash: an id may hold anything, and collisions cannot be found."""
         name = hashlib.blake2b(client_id.encode("utf-8", "surrogatepass"), digest_size=32).hexdigest()
         return (self.folder or Path()) / f"{name}.memory"
 
@@ -198,7 +199,7 @@ class Memories(Mapping[str, NamedArrays]):
 
     def _write(self, client_id: str, slot: int, vector: Vector, digest: bytes) -> None:
         header = _HEADER.pack(_MAGIC, self._schema, digest, self._checksum(digest, vector))
-        # made if need be, and never emptied: the other slot may hold the value of the last checkpoint
+        # created if needed, and never emptied: the other slot may hold the value of the last checkpoint
         with open(self._path(client_id), "r+b", opener=_create) as file:
             file.truncate(2 * self._slot_bytes)
             file.seek(slot * self._slot_bytes)

@@ -3,15 +3,16 @@
 ==========  ==================================================================================================
 choice      a missing client
 ==========  ==================================================================================================
-"drop"      counts for nothing: the mean is over those that answered
-"reweight"  counts for nothing now, and more when it answers: by the mean number of rounds between its answers
-"mifa"      counts with the update that it sent last
-"safari"    counts with the update that its most similar client sent in this round, or with its own last one;
+"drop"      is left out: the mean is over those that answered
+"reweight"  is left out, and weighs more when it answers: by the mean number of rounds between its answers
+"mifa"      is represented by the update that it sent last
+"safari"    is represented by the update that its most similar client sent in this round, or by its own last one;
             at a cosine of 0.5 with half of its weight
 ==========  ==================================================================================================
 
-Missing is who was asked and sent nothing that could be used; where all that can be asked are asked, also who
-could not be: it is offline, or still at the last round's work. Nothing is assumed about how often that happens.
+A client is missing if it was asked and sent nothing usable; in rounds that ask all available clients, also if it
+could not be asked because it is offline, or still busy with the last round. Nothing is assumed about how often
+that happens.
 
 "reweight" is FedAU: S. Wang and M. Ji, "A Lightweight Method for Tackling Unknown Participation Statistics in
 Federated Averaging", ICLR 2024, https://arxiv.org/abs/2306.03401, algorithm 2, with the cutoff K = 50. "mifa" is
@@ -32,7 +33,7 @@ from fedkit.errors import ConfigError
 Choice: TypeAlias = Literal["drop", "reweight", "mifa", "safari"]
 Surrogate: TypeAlias = Literal["model", "update"]
 
-CUTOFF: Final = 50  # rounds of silence that FedAU counts as one whole interval
+CUTOFF: Final = 50  # missed rounds that FedAU counts as one whole interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +45,20 @@ class Missing:
     by : {"safari", "mifa", "reweight", "drop"}
         See the module.
     similarity : {"cosine", "l2"}
-        Of "safari": what makes clients alike. With cosines a surrogate weighs as much as it is alike.
+        For "safari": how similarity is measured. With cosines, a surrogate is weighted by its similarity.
     surrogate : {"model", "update"}
-        Of "safari". "model": a missing client has its kin's model, which is the kin's update once more, for both
-        started alike. "update": its own last model moves on by its kin's update, which the server must remember.
+        For "safari". "model": a missing client gets the model of the most similar client, which amounts to using
+        that client's update twice, since both started from the same model. "update": the missing client's own last
+        model, which the server must remember, moves by the most similar client's update.
     own : bool, optional
-        Of "safari": whether a client's own last update is a candidate, too, which the server must remember: it
-        stands in if the client was, from answer to answer, more like itself than it is like any client that
-        answered. Unset: where that can be, which is with cosines, surrogate models, and arrays that mean the
-        same in every round.
+        For "safari": whether a client's own last update, which the server must remember, is a candidate, too. It
+        stands in if the client was, from answer to answer, more similar to itself than it is to any client that
+        answered. Unset: wherever possible, which is with cosines, surrogate models, and arrays that mean the same
+        in every round.
     warmup_rounds : int
-        Of "safari": rounds, with answers, that only observe who is alike.
+        For "safari": how many rounds with answers only observe similarities.
     patience : int, optional
-        Rounds in a row that a client is stood in for; after that it is taken to have left. None: for ever.
+        How many rounds in a row a client is stood in for; then it is taken to have left. None: forever.
 
     Raises
     ------
@@ -85,7 +87,7 @@ class Missing:
 
     @classmethod
     def of(cls, choice: Choice | Missing) -> Missing:
-        """Return a choice that may be a name alone."""
+        """Return `choice` as a `Missing`; it may be only a name."""
         return choice if isinstance(choice, Missing) else cls(choice)
 
     def settled(self, *, lasting: bool) -> Missing:
@@ -106,10 +108,10 @@ class Missing:
 class Known:
     """What is remembered of a client, besides arrays."""
 
-    weight: float = 1.0  # as it said last
+    weight: float = 1.0  # from its last reply
     submodel: str = ""  # the part of the model it holds
-    masked: bool = False  # whether its last upload was of some entries only
-    silent: int = 0  # rounds in a row that it was missing
+    masked: bool = False  # whether its last upload covered only some entries
+    silent: int = 0  # how many rounds in a row it has been missing
     interval: float = 1.0  # ω of FedAU: the mean number of rounds from answer to answer
     intervals: int = 0  # how many that is the mean of
 

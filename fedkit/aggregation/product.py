@@ -15,12 +15,12 @@ SVD(W_g)    U, Σ, V, truncated                   `fedkit.aggregation.lora.facto
 Deviations from the paper
 -------------------------
 The singular values are split between B and A, and the rows of A never get shorter than they began: see `factors`.
-No matrix of a layer's size is made unless it is smaller than the factors (`ProductSum`). Arrays other than LoRA
+No matrix of a layer's size is formed unless it is smaller than the factors (`ProductSum`). Arrays other than LoRA
 factors are averaged.
 
-With `updates`, which is ours, the changes of the products are averaged, and added to the product of before:
-``W_g + Σ wᵢ (Wᵢ − what i was sent)``. It is the same where all ranks are; where they are not, a client that holds
-fewer components no longer counts as one that wants the others to be zero, by which they shrink in every round.
+With `updates`, which is our own, the changes of the products are averaged and added to the previous product: ``W_g
++ Σ wᵢ (Wᵢ − what i was sent)``. This is the same if all ranks are. If they are not, a client that holds fewer
+components no longer counts as one that wants the others to be zero, which would shrink them in every round.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fedkit.arrays import NamedArrays
 
 @dataclass(frozen=True, slots=True)
 class ProductMean:
-    """Averages what LoRA factors stand for rather than the factors. It remembers nothing."""
+    """Averages the products of LoRA factors rather than the factors. It has no state."""
 
     weighted: bool = True  # by number of examples; False: every client counts the same
     updates: bool = False  # whether the changes of the products are averaged, rather than the products

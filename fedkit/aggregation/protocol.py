@@ -1,4 +1,4 @@
-"""What an aggregation is given and what it gives back."""
+"""The interface of an aggregation: what it is given and what it returns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedkit.errors import ConfigError
 S = TypeVar("S")
 
 StepSize: TypeAlias = float | Callable[[int], float]
-"""α, or the function from the round to it."""
+"""α, or a function of the round that returns it."""
 
 
 def step_at(step_size: StepSize, server_round: int) -> np.float32:
@@ -34,12 +34,12 @@ class Cohort:
 
     server_round: int
     sent: Mapping[int, NamedArrays]  # node id -> arrays
-    client_ids: Mapping[int, str] = field(default_factory=dict)  # of the nodes that answered once
+    client_ids: Mapping[int, str] = field(default_factory=dict)  # of the nodes that have ever answered
     submodels: Mapping[int, str] = field(
         default_factory=dict
     )  # what part of the arrays each node was sent, by name
-    owned: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)  # the entries of each, flat; none: all
-    everybody: bool = False  # whether all that could be asked were: who was not is missing, too
+    owned: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)  # entries of each part, flat; none: all
+    everybody: bool = False  # whether all available clients were asked: all others are missing
     members: Mapping[str, int] | None = None  # the node of each client that counts; None: all count
 
 
@@ -48,9 +48,9 @@ class Upload:
     """One usable reply."""
 
     node_id: int
-    client_id: str  # stable over restarts, unlike Flower's node id; uploads come in its order
+    client_id: str  # stable over restarts, unlike Flower's node id; uploads are ordered by it
     num_examples: float  # the weight; above 0
-    arrays: NamedArrays | None  # what the frame holds; None: chose to skip
+    arrays: NamedArrays | None  # what the frame holds; None: the client skipped
     mask: Mask | None  # which entries were sent; None: all
     fresh: bool  # the arrays replace what the server had from this client, rather than add to it
     metrics: Mapping[str, float]
@@ -58,34 +58,34 @@ class Upload:
     digest: bytes  # of the client's memory after this upload, 16 bytes; see `fedkit.memory`
     submodel: str = ""  # the part that the client holds: a key of `Cohort.owned`; its other entries are zero
     again: Callable[[], tuple[NamedArrays, Mask | None]] | None = None  # decodes arrays and mask once more
-    features: object = None  # of its slots, if it was asked for them: `fedkit.aggregation.evidence`
+    features: object = None  # of its slots, if asked for: `fedkit.aggregation.evidence`
 
 
 NOBODY: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class Aggregate(NamedTuple, Generic[S]):
-    """What came of a round."""
+    """The result of a round."""
 
     params: NamedArrays
     state: S
     metrics: Mapping[str, float]
-    stand_ins: Mapping[str, str] = NOBODY  # who counted for each missing client; itself: with what it sent last
+    stand_ins: Mapping[str, str] = NOBODY  # for each missing client; itself: by what it sent last
 
 
 class Aggregator(Protocol[S]):
-    """Uploads to new parameters. It holds no state: what it must remember goes in and comes out."""
+    """Turns uploads into new parameters. It is stateless: its state is passed in and returned."""
 
     def init(self, params: NamedArrays) -> S:
         """Return the state before the first round."""
 
     def __call__(self, params: NamedArrays, cohort: Cohort, uploads: Iterable[Upload], state: S) -> Aggregate[S]:
-        """Return the new parameters; `uploads` are decoded one at a time, so go over them once."""
+        """Return the new parameters; `uploads` are decoded one at a time, so iterate only once."""
 
 
 @runtime_checkable
 class Remembering(Protocol[S]):
-    """An aggregator whose state is not a plain value, for the arrays of clients are in files."""
+    """An aggregator whose state is not a plain value, since the clients' arrays are in files."""
 
     def remember(self, state: S) -> dict[str, Any]:
         """Return the plain values that `recall` needs."""

@@ -1,20 +1,21 @@
-"""What stands for an adapter when adapters are compared: a row whose distance to other rows is the adapters'.
+"""Signatures, by which adapters are compared: rows whose distances are those of the adapters.
 
 =============  ===============================================================================================
 kind           a row is
 =============  ===============================================================================================
 ``"factors"``  the flat adapter, as FL-TAC has it
-``"product"``  of each LoRA layer the product B·A, for (BQ)(Q⁻¹A) is the same adapter; other arrays as they are
+``"product"``  the product B·A of each LoRA layer, since (BQ)(Q⁻¹A) is the same adapter; other arrays as is
 =============  ===============================================================================================
 
-A product is never made. It is seen through two random matrices, as (L B)(A R), which has the same size for every
+A product is never formed. It is projected by two random matrices, as (L B)(A R), which has the same size for every
 rank; L and R are drawn once, by the layer's sizes, with entries of variance 1/`SIDE`, so that the squared norm is
-right in the mean. Rows are exact while all of a round fit `EXACT` values, else sketched to `WIDTH` values one by
-one as they come: each entry is added, under a random sign, to one of `WIDTH` sums (M. Charikar, K. Chen and M.
-Farach-Colton, "Finding Frequent Items in Data Streams", ICALP 2002; for distances K. Weinberger et al., "Feature
-Hashing for Large Scale Multitask Learning", ICML 2009). The squared distance of two rows is then right in the
-mean, with a relative variance of about 2/`WIDTH`. The sums are not quite random, which is ours: entries are first
-folded into lines of `FOLD`, a prime number, lest the columns of a layer meet; only the line's sums are shuffled.
+right on average. Rows are exact while all rows of a round fit in `EXACT` values. Beyond, they are sketched to
+`WIDTH` values, one by one as they arrive: each entry is added, with a random sign, to one of `WIDTH` sums (M.
+Charikar, K. Chen and M. Farach-Colton, "Finding Frequent Items in Data Streams", ICALP 2002; for distances K.
+Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009). The squared distance of two
+rows is then right on average, with a relative variance of about 2/`WIDTH`. Our own change: the sums are not quite
+random, since entries are first folded into lines of `FOLD`, a prime number, so that the columns of a layer do not
+collide; only the line's sums are shuffled.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ WIDTH: Final = 256
 SIDE: Final = 32
 """Rows of L and columns of R; a layer that is no larger is not sketched."""
 FOLD: Final = 8191
-"""Sums into which a row is folded before that."""
+"""Sums into which a row is folded before it is sketched."""
 EXACT: Final = 2**22
-"""Values of all rows of a round, up to which they are exact."""
+"""Rows are exact while all rows of a round have at most this many values."""
 
 
 class Signatures:
@@ -82,7 +83,7 @@ def signature(adapter: NamedArrays, kind: Signature) -> Row:
 
 
 def sketch(row: Row, width: int = WIDTH) -> Row:
-    """Return `width` values, a power of 2 up to `FOLD`, for a row of any size."""
+    """Return the sketch of a row of any size: `width` values, a power of 2 up to `FOLD`."""
     signs, order = _places(row.size, width)
     padded = np.zeros(signs.shape, np.float32)
     padded.reshape(-1)[: row.size] = row
@@ -92,14 +93,14 @@ def sketch(row: Row, width: int = WIDTH) -> Row:
 
 @lru_cache(maxsize=8)
 def _places(size: int, width: int) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """Return the signs of entries, a line of `FOLD` in a row, and which lines' sums add up; fixed for a size."""
+    """Return the entries' signs, one line of `FOLD` per row, and which sums add up; fixed for a size."""
     rng = np.random.default_rng([size, width])
     signs = rng.choice(np.array([-1, 1], np.float32), (-(-size // FOLD), FOLD))
     return signs, rng.permutation(-(-FOLD // width) * width).reshape(width, -1)
 
 
 def _products(adapter: NamedArrays) -> Row:
-    """Return the products of all LoRA layers as they are seen through L and R, then all other arrays."""
+    """Return the products of all LoRA layers, projected by L and R, then all other arrays."""
     pairs = lora_pairs(adapter)
     parts = []
     for pair in pairs:
@@ -111,12 +112,12 @@ def _products(adapter: NamedArrays) -> Row:
 
 
 def _seen(matrix: NDArray[np.float32], which: int) -> NDArray[np.float32]:
-    """Return a matrix through L, or the transpose of R: `SIDE` rows, if it has more."""
+    """Return a matrix projected by L, or the transpose of R, to `SIDE` rows if it has more."""
     return matrix if len(matrix) <= SIDE else _view(len(matrix), which) @ matrix
 
 
 @lru_cache(maxsize=32)
 def _view(size: int, which: int) -> NDArray[np.float32]:
-    """Return L, or the transpose of R, for so many rows; the same for ever."""
+    """Return L, or the transpose of R, for `size` rows; always the same."""
     rng = np.random.default_rng([size, SIDE, which])
     return rng.standard_normal((SIDE, size), np.float32) / np.float32(np.sqrt(SIDE))

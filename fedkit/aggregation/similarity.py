@@ -1,4 +1,4 @@
-"""How alike clients are, by what they sent: O(clients²) numbers, whatever the model's size.
+"""The similarity of clients by what they sent: O(clients²) numbers, whatever the model's size.
 
 ==========  ==========================================================================================
 metric      of two clients whose uploads came in one round
@@ -8,7 +8,7 @@ metric      of two clients whose uploads came in one round
 ==========  ==========================================================================================
 
 The distance of sparse models mostly measures how their masks differ, and shrinks as training goes on, so that
-values of different rounds do not compare; cosines do.
+values of different rounds are not comparable; cosines are.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 Metric: TypeAlias = Literal["cosine", "l2"]
 
-DECAY: Final = 0.7  # what the cosines of earlier rounds count beside a new one
-_COLUMNS: Final = 2**15  # entries that are looked at together: all that is copied of the uploads at a time
+DECAY: Final = 0.7  # weight of the cosines of earlier rounds relative to a new one
+_COLUMNS: Final = 2**15  # entries compared at a time, to copy only so many of each upload
 
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
-    """How alike each pair of clients has been."""
+    """The similarity of each pair of clients so far."""
 
     clients: tuple[str, ...] = ()
     sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
@@ -51,14 +51,14 @@ class Similarity:
         return Similarity(clients, sums, counts)
 
     def of(self, client: str) -> float:
-        """Return how alike a client is to itself, from answer to answer; 0 if that is not known."""
+        """Return a client's similarity to itself from answer to answer; 0 if unknown."""
         if client not in self.clients:
             return 0.0
         me = self.clients.index(client)
         return float(self.sums[me, me] / (self.counts[me, me] or 1))
 
     def nearest(self, client: str, among: Sequence[str]) -> tuple[str, float] | None:
-        """Return the most similar of `among` and its value, of equals, to nine digits, the first; None: none."""
+        """Return the most similar of `among` and its value; if equal to nine digits, the first; None: unknown."""
         index = {name: i for i, name in enumerate(self.clients)}
         if client not in index:
             return None

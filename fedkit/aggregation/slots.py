@@ -1,8 +1,8 @@
 """Several adapters in one set of named arrays: a client's slots, the server's clusters.
 
-A message of TAC has the adapters of one client, slot by slot, as ``slot-0/NAME``, ``slot-1/NAME``, ...; the params
-of the server have one adapter per cluster, as ``cluster-0/NAME``, ``cluster-1/NAME``, ... Arrays without such
-prefixes are one adapter, so that an app with one task need not know of slots.
+A TAC message has the adapters of one client, slot by slot, as ``slot-0/NAME``, ``slot-1/NAME``, ...; the server's
+params have one adapter per cluster, as ``cluster-0/NAME``, ``cluster-1/NAME``, ... Arrays without such prefixes
+are one adapter, so that an app with one task need not know about slots.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ T = TypeVar("T", np.float32, np.bool_)
 
 
 def join_slots(slots: Sequence[Mapping[str, NDArray[T]]]) -> dict[str, NDArray[T]]:
-    """Return one adapter per slot, or mask, as the arrays of a message have them, ``slot-0/NAME`` and so on."""
+    """Return the adapters (or masks) of all slots as the arrays of one message, ``slot-0/NAME`` and so on."""
     return _join("slot", slots)
 
 
 def split_slots(arrays: Mapping[str, NDArray[T]], num_slots: int) -> list[Mapping[str, NDArray[T]]]:
-    """Return the adapters of `num_slots` slots, or masks; a slot that is not among the arrays has that of slot 0.
+    """Return the adapters (or masks) of `num_slots` slots; a slot that is not in the arrays gets that of slot 0.
 
     Raises
     ------
@@ -58,12 +58,12 @@ def split_clusters(params: NamedArrays) -> list[NamedArrays]:
 
 
 def only_cluster(params: NamedArrays) -> NamedArrays:
-    """Return the adapter of an app with one task, under TAC, too.
+    """Return the adapter of an app with one task; works under TAC, too.
 
     Raises
     ------
     ConfigError
-        If there are several clusters, of which such an app could not say which one is its own.
+        If there are several clusters, since such an app could not say which one is its own.
     """
     clusters = split_clusters(params)
     if len(clusters) > 1:
@@ -72,12 +72,12 @@ def only_cluster(params: NamedArrays) -> NamedArrays:
 
 
 def replicate(adapter: NamedArrays, num_clusters: int) -> NamedArrays:
-    """Return the params in which every cluster has the same adapter; params of TAC as they are.
+    """Return params in which every cluster has the same adapter; TAC params are returned as they are.
 
     Raises
     ------
     SchemaMismatchError
-        For params of TAC with another number of clusters.
+        For TAC params with another number of clusters.
     """
     if not any(name.startswith("cluster-") for name in adapter):
         return join_clusters([adapter] * num_clusters)

@@ -1,4 +1,4 @@
-"""Who stands in for whom in one round: what `fedkit.aggregation.missing` says, done."""
+"""Carries out one round's choice of `fedkit.aggregation.missing`: which client stands in for which."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CompensateState:
     similarity: Similarity = field(default_factory=Similarity)
     rounds: int = 0  # with at least one upload
     latest: int = 0  # the last of these
-    memory: Memories | None = None  # what each client counts with when it is missing; changed in place
+    memory: Memories | None = None  # represents missing clients; changed in place
     inner: Any = None  # of the mean
 
 
@@ -40,11 +40,11 @@ class Turn:
         self.memory, self.similarity = state.memory, state.similarity
         self.received: dict[str, Known] = {}
         self.stand_ins: dict[str, str] = {}  # who stood in for each client
-        self.share = 1.0  # by how much the step is to be multiplied
-        self.rounds = state.rounds - (state.latest == cohort.server_round)  # before this one: it may have clusters
+        self.share = 1.0  # what the step is multiplied by
+        self.rounds = state.rounds - (state.latest == cohort.server_round)  # before this one
 
     def completed(self, uploads: Iterable[Upload]) -> Iterator[Upload]:
-        """Yield the uploads and the stand-ins, with the weights that they shall have."""
+        """Yield the uploads and the stand-ins, with their weights."""
         arrived = (self._received(upload) for upload in uploads if upload.arrays is not None)
         if self.missing.by == "safari":
             found = list(arrived)
@@ -71,7 +71,7 @@ class Turn:
     # ---- the choices ---------------------------------------------------------------------------
 
     def _surrogates(self, arrived: list[Upload]) -> Iterator[Upload]:
-        """Yield what each missing client's kin sent, or it itself; also take note of who is alike."""
+        """Yield the most similar client's upload, or the missing client's own last; record similarities."""
         by_name = {upload.client_id: upload for upload in arrived}
         self._observe(arrived)
         for upload in arrived:
@@ -91,7 +91,7 @@ class Turn:
                 yield replace(sent, client_id=name, num_examples=weight, arrays=self._moved(name, sent))
 
     def _observe(self, arrived: list[Upload]) -> None:
-        """Take note of who is alike, and who is like itself."""
+        """Record the similarities of clients to each other, and to themselves."""
         l2 = self.missing.similarity == "l2"
         rows, kept = [flatten(self._compared(u)) for u in arrived], [self._kept(u) for u in arrived]
         values = distances(rows) if l2 else cosines(rows, kept)
@@ -125,18 +125,18 @@ class Turn:
                 yield own
 
     def _last_update(self, name: str, known: Known) -> Upload | None:
-        """Return what a missing client sent last as an upload of this round; None if that is not there."""
+        """Return what a missing client sent last, as an upload of this round; None if that is not there."""
         vector = None if self.memory is None else self.memory.vector(name)
         if vector is None:
             return None
         nodes = (node_id for node_id, client in self.cohort.client_ids.items() if client == name)
-        node_id = next(nodes, next(iter(self.cohort.sent), 0))  # of one that was not asked, any: all got the same
+        node_id = next(nodes, next(iter(self.cohort.sent), 0))  # if it was not asked, any node: all got the same
         arrays = unflatten(vector, like=self.params)
         mask = {key: array != 0 for key, array in arrays.items()} if known.masked else None
         return Upload(node_id, name, self._weight(known), arrays, mask, False, {}, 0, b"", known.submodel)
 
     def _reweighted(self, arrived: Iterable[Upload]) -> Iterator[Upload]:
-        """Yield the uploads, each weighed by how rarely its client answers."""
+        """Yield the uploads, each weighted by how rarely its client answers."""
         total = 0.0
         for upload in arrived:
             rarity = self.before.clients.get(upload.client_id, Known()).interval
@@ -148,21 +148,21 @@ class Turn:
     # ---- who is there --------------------------------------------------------------------------
 
     def _received(self, upload: Upload) -> Upload:
-        """Return an upload as it counts, and take note of its client."""
+        """Return an upload with its weight, and record what is known of its client."""
         name, masked = upload.client_id, upload.mask is not None
         known = self.before.clients.get(name, Known())
         self.received[name] = known.answered(upload.num_examples, upload.submodel, masked=masked)
         return replace(upload, num_examples=self._weight(self.received[name]))
 
     def _expected(self) -> list[str]:
-        """Return the missing clients, in order; of those that were never heard from nothing is known."""
+        """Return the missing clients, in order; without those that were never heard from."""
         wanted = self.before.clients if self.cohort.everybody else self.cohort.client_ids.values()
         members = self.before.clients if self.cohort.members is None else self.cohort.members
         known = {name for name in wanted if name in self.before.clients and name in members}
         return sorted(known - self.received.keys())
 
     def _absent(self) -> list[tuple[str, Known]]:
-        """Return the missing clients that may yet come back, and what is known of them."""
+        """Return the missing clients that may still come back, and what is known of them."""
         known = [(name, self.before.clients[name]) for name in self._expected()]
         patience = self.missing.patience
         return [(name, one) for name, one in known if patience is None or one.silent < patience]
@@ -176,7 +176,7 @@ class Turn:
             self.memory.put(name, arrays, digest)
 
     def _compared(self, upload: Upload) -> NamedArrays:
-        """Return what of an upload is compared with others: its update, or the sparse model that it makes."""
+        """Return what of an upload is compared: its update, or the sparse model that results from it."""
         update = upload.arrays or {}
         if self.missing.similarity == "cosine":
             return update

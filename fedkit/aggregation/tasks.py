@@ -1,37 +1,38 @@
-"""Which adapters are for one task: the rules of TAC's clustering, from signatures to the numbers of clusters.
+"""Which adapters are for the same task: the rules of TAC's clustering, from signatures to cluster numbers.
 
-In each round the rows of the adapters received are clustered by k-means, along with one row for each cluster that
-has slots: its present adapter, as if one more client held all tasks. So a task that nobody sends this round keeps
-its cluster, where plain k-means would split another task to fill it; a task that one client alone has keeps its
-own, too; and k-means starts from the former centroids, besides at random. Clusters then take the numbers of the
-former adapters that they are nearest to, one to one, and nearest in all.
+In each round k-means clusters the rows of the adapters received, along with one row for each cluster that has
+slots: its current adapter, as if one more client held all tasks. So a task that nobody sends in this round keeps
+its cluster, where plain k-means would split another task to fill it. A task that only one client has keeps its
+cluster, too. One start of k-means uses the previous centroids; the others are random. Clusters then take the
+numbers of the previous adapters, matched one to one so that they are nearest in total.
 
 What happens when
 -----------------
 A cluster is empty
-    It keeps its adapter and its number. Once no slot that is known was last in it, a new task may take it.
+    It keeps its adapter and its number. Once no known slot was last in it, a new task may take it.
 There are fewer adapters than clusters
-    As many clusters change as there are different adapters, at most; the others keep their adapters.
-A client comes late
-    Its slots start from v^0. Its adapters join the clusters that they are nearest to, or take one that is free.
-An adapter is odd
-    One whose update is far longer than is usual in its round is set aside (`overlong`): it is not clustered, and
-    counts for nothing; its slot gets the adapter of the nearest cluster back. A round of up to half such adapters
-    goes on without them. A copy of another adapter is in that one's cluster, also if it is a client's second one.
+    At most as many clusters change as there are different adapters; the others keep their adapters.
+A client joins late
+    Its slots start from v^0. Its adapters join the clusters that they are nearest to, or take a free one.
+An adapter is an outlier
+    If its update is far longer than usual in its round, it is set aside (`overlong`): it is neither clustered nor
+    aggregated, and its slot gets back the adapter of the nearest cluster. A round in which up to half of the
+    adapters are such outliers goes on without them. A copy of another adapter is in the same cluster as that one,
+    also if both are from the same client.
 
-What it cannot mend
--------------------
-A slot starts from its cluster's adapter, and so stays near it: what is wrong after the first rounds tends to last.
-Where local training is so short that updates of one task are hardly alike, cluster by the updates of all rounds,
-or by features (`evidence`), or let the first round be longer.
+What it cannot correct
+----------------------
+A slot starts from its cluster's adapter, and so stays near it: a wrong cluster after the first rounds tends to
+last. If local training is so short that updates for the same task have little in common, cluster by the updates of
+all rounds, or by features (`evidence`), or make the first round longer.
 
 How many clusters there are
 ---------------------------
-"given": as many as `num_clusters`, while there are as many different adapters. "at-most": the number, from the
-most slots that a client has up to `num_clusters`, with the largest mean silhouette (P. J. Rousseeuw, "Silhouettes:
-A Graphical Aid to the Interpretation and Validation of Cluster Analysis", Journal of Computational and Applied
-Mathematics 20, 1987); the least number, if the best is under `STRUCTURE`: noise in as many dimensions as adapters
-have is near zero. It is chosen anew in each round.
+"given": `num_clusters`, as long as there are that many different adapters. "at-most": the number, from the most
+slots that any client has up to `num_clusters`, with the largest mean silhouette (P. J. Rousseeuw, "Silhouettes: A
+Graphical Aid to the Interpretation and Validation of Cluster Analysis", Journal of Computational and Applied
+Mathematics 20, 1987); the smallest such number if the best mean silhouette is below `STRUCTURE`, since that of
+noise in as many dimensions as adapters have is near zero. The number is chosen anew in each round.
 """
 
 from __future__ import annotations
@@ -54,51 +55,51 @@ from fedkit.errors import ConfigError
 Number: TypeAlias = Literal["given", "at-most"]
 
 STRUCTURE: Final = 0.05
-"""The least mean silhouette of what counts as clusters."""
+"""The least mean silhouette at which clusters count as such."""
 SAMPLE: Final = 1000
-"""Of how many adapters, at most, silhouettes are computed."""
+"""The maximum number of adapters over which silhouettes are computed."""
 CLEARER: Final = 2.0
-"""How many times as large as that of noise the mean silhouette of features must be that "auto" goes by.
+"""How many times that of noise the mean silhouette of features must be for "auto" to go by features.
 
-Found in the first round: five tasks about the same digits .7 to 1.1 times, five tasks of GLUE 2.3 to 7.
+Found in the first round: .7 to 1.1 times for five tasks on the same digits, 2.3 to 7 for five tasks of GLUE.
 """
 DRAWS: Final = 5
-"""How often noise is drawn."""
+"""How many times noise is drawn."""
 TIMES: Final = 4.0
-"""An update that is no longer than so many median ones is usual, however alike the others are."""
+"""An update up to this many times the median length is usual, however similar the other lengths are."""
 
-_DEVIATIONS: Final = 5.0  # robust standard deviations of the logarithm of lengths that are usual
+_DEVIATIONS: Final = 5.0  # robust standard deviations of log lengths that are usual
 _ANCHOR: Final = "\0"  # the owner of the clusters' present adapters: no client has this id
 
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """Says which adapters are for one task.
+    """Decides which adapters are for the same task.
 
     Parameters
     ----------
     num_clusters : int
-        How many clusters there are room for.
+        The maximum number of clusters.
     number : {"given", "at-most"}
-        Whether there are that many, or fewer if that fits better.
+        Whether there are exactly that many clusters, or fewer if that fits better.
     signature : {"factors", "product"}
-        What of adapters is compared: `fedkit.aggregation.signatures`.
+        By what adapters are compared: `fedkit.aggregation.signatures`.
     evidence : {"auto", "adapters", "updates", "features"}
-        Whether the adapters of a round are clustered, the updates of all rounds, or what examples are to the
+        What is clustered: the adapters of a round, the updates of all rounds, or the examples' features in the
         frozen model: `fedkit.aggregation.evidence`.
     distinct : bool
         Whether adapters of one client are for different tasks, unless they are equal.
     anchored : bool
-        Whether the clusters' present adapters are clustered along. False, as published: k-means alone.
+        Whether the clusters' current adapters are clustered as well. False, as published: k-means alone.
     screened : bool
-        Whether odd adapters are set aside. False, as published: all count.
+        Whether outliers are set aside. False, as published: all count.
     seed : int
-        Of k-means.
+        Seed of k-means.
 
     Raises
     ------
     ConfigError
-        For impossible values, or without scipy.
+        For invalid values, or without scipy.
     """
 
     num_clusters: int
@@ -124,8 +125,8 @@ class Tasks:
     def apart(self, clients: Sequence[str], points: Points, labels: Sequence[int]) -> bool:
         """Return whether to go by clusters of features: "auto" does if they are clearer than those of noise.
 
-        Noise that is as wide as the rows along each of their principal axes, as the reference of the gap statistic
-        (R. Tibshirani, G. Walther and T. Hastie, Journal of the Royal Statistical Society B 63, 2001).
+        The noise is as wide as the rows along each of their principal axes, as is the reference of the gap
+        statistic (R. Tibshirani, G. Walther and T. Hastie, Journal of the Royal Statistical Society B 63, 2001).
         """
         if self.evidence != "auto":
             return True
@@ -144,11 +145,11 @@ class Tasks:
         Parameters
         ----------
         clients : Sequence[str]
-            Whose adapters they are; a client's are in the order of its slots.
+            The client of each adapter; a client's adapters are in the order of its slots.
         points : array
-            Their rows, shape (adapters, values).
+            The adapters' rows, shape (adapters, values).
         former : array
-            Those of each cluster until now, shape (clusters, values).
+            The previous row of each cluster, shape (clusters, values).
         held : Sequence[int]
             The clusters that have slots.
         """
@@ -179,7 +180,7 @@ class Tasks:
 
 
 def _apart(clients: Sequence[str], points: Points) -> list[str]:
-    """Return the owner of each row: its client, but of equal rows of a client only for the first."""
+    """Return the owner of each row: its client, but a name of its own for a copy of that client's rows."""
     seen: set[tuple[str, bytes]] = set()
     owners = []
     for number, (client, row) in enumerate(zip(clients, points, strict=True)):
@@ -190,12 +191,12 @@ def _apart(clients: Sequence[str], points: Points) -> list[str]:
 
 
 def overlong(lengths: Sequence[float]) -> NDArray[np.bool_]:
-    """Return which updates are far longer than is usual.
+    """Return which updates are far longer than usual.
 
-    Their logarithm is above the median by more than 5 robust standard deviations (1.4826 times the median absolute
-    deviation: C. Leys et al., "Detecting Outliers", Journal of Experimental Social Psychology 49, 2013), and they
-    are longer than `TIMES` the median. So where lengths differ much, as those of clients with many steps and few,
-    more is usual. Updates of length zero have no say.
+    The logarithm of their length is above the median by more than 5 robust standard deviations (1.4826 times the
+    median absolute deviation: C. Leys et al., "Detecting Outliers", Journal of Experimental Social Psychology 49,
+    2013), and they are longer than `TIMES` the median. So where lengths vary widely, as among clients with many
+    steps and with few, longer updates count as usual. Updates of length zero are left out of the median.
 
     >>> overlong([1.0, 1.2, 0.9, 1e9]).tolist()
     [False, False, False, True]
@@ -212,7 +213,7 @@ def overlong(lengths: Sequence[float]) -> NDArray[np.bool_]:
 def silhouette(points: Points, labels: Sequence[int], *, seed: int) -> float:
     """Return the mean silhouette, −1 to 1: how much nearer rows are to their own cluster than to the next.
 
-    Of at most `SAMPLE` rows, drawn by the seed; 0 of a row that is alone in its cluster.
+    It is taken over at most `SAMPLE` rows, drawn with the seed; a row that is alone in its cluster counts as 0.
     """
     chosen = np.sort(np.random.default_rng(seed).permutation(len(points))[:SAMPLE])
     rows, of = points[chosen] - points.mean(axis=0), np.asarray(labels)[chosen]

@@ -1,4 +1,4 @@
-"""Update ⇄ bytes, in stage order: sparsify → quantize → entropy-code → frame."""
+"""Update ⇄ bytes, in stages: sparsify → quantize → entropy-code → frame."""
 
 from .baselines import Blocks, Qsgd, Sign
 from .entropy_constrained import EntropyConstrained

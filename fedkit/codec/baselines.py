@@ -1,4 +1,4 @@
-"""Quantizers to compare with, each from its paper: QSGD, scaled sign, uniform blocks; EDEN has its own file.
+"""Baseline quantizers, each from its paper: QSGD, scaled sign, uniform blocks; EDEN has its own file.
 
 =============  =====================================================================================
 here           source
@@ -6,8 +6,8 @@ here           source
 `Qsgd`         D. Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization and
                Encoding", NeurIPS 2017, section 3.1
 `Sign`         S. P. Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression
-               Schemes", ICML 2019, equation (2); keep what is lost by `ErrorFeedback`
-`Blocks`       T. Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022, with even levels
+               Schemes", ICML 2019, equation (2); to be used with `ErrorFeedback`
+`Blocks`       T. Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022; here evenly spaced
 =============  =====================================================================================
 
 Deviations
@@ -33,7 +33,7 @@ from fedkit.errors import ConfigError, WireFormatError
 
 @dataclass(frozen=True, slots=True)
 class Qsgd:
-    """Levels drawn so that their mean is the value: ``E[Q(v)] = v``.
+    """Levels drawn at random so that their mean is the value: ``E[Q(v)] = v``.
 
     Law: an entry errs by less than a step, ``‖v‖₂ / (2^(bits−1) − 1)``.
     """
@@ -49,7 +49,7 @@ class Qsgd:
         values = join(parts)
         half = 2 ** (self.bits - 1) - 1
         norm = float(np.linalg.norm(values.astype(np.float64)))
-        scale = float(np.float32(min(norm * (1 + 1e-7), MAX_FLOAT32)))  # not below the norm, nor any value
+        scale = float(np.float32(min(norm * (1 + 1e-7), MAX_FLOAT32)))  # not below the norm, nor below any value
         if scale == 0:
             return Quantized(MidTreadGroup(0, 0.0, values.size), np.zeros(values.size, np.uint16))
         exact = values.astype(np.float64) * (half / scale)
@@ -93,7 +93,7 @@ class BlocksGroup:
         return self.count
 
     def to_bytes(self) -> bytes:
-        """Return bits, entries of a block, and the scales."""
+        """Return bits, block size, and the scales."""
         return self._head.pack(self.bits, self.block) + self.scales.astype("<f2").tobytes()
 
     @classmethod
@@ -125,7 +125,7 @@ class BlocksGroup:
 class Blocks:
     """Evenly spaced levels up to the largest entry of each block.
 
-    Law: an entry errs by at most ``s / (2^bits − 2)``, half a step, and ``s / 1024`` for the scale's own 16 bits,
+    Law: an entry errs by at most ``s / (2^bits − 2)``, half a step, plus ``s / 1024`` for the scale's own 16 bits,
     where s is its block's largest entry (while s is between 6e-5 and 65504, the range of the scale).
     """
 

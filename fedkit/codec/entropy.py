@@ -1,9 +1,9 @@
-"""Levels ⇄ about their entropy in bytes.
+"""Entropy coding: levels ⇄ bytes, about as many as their entropy.
 
-The coder is the ANS stack of the library `constriction`, which reaches the order-0 entropy to within 0.1 %, or,
-for very many levels, the Huffman coder of zlib: 1 to 2 % larger, several times faster to decode, with tables that
-a small frame could not afford (`python -m benchmarks.codec` compares them with others). What is ours is what goes
-around them: which arrays share a table of frequencies, and `fedkit.codec.tables`.
+The coder is the ANS stack of the library `constriction`, which reaches the order-0 entropy to within 0.1 %. For
+very many levels it may be the Huffman coder of zlib instead: 1 to 2 % larger, several times faster to decode, with
+tables that a small frame could not afford (`python -m benchmarks.codec` compares them with others). Our own part
+is what surrounds them: which arrays share a frequency table, and `fedkit.codec.tables`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from fedkit.codec.packing import Levels, pack_levels, packed_size, unpack_levels
 from fedkit.codec.tables import CHUNK, HEAD_BITS, Table, make_table
 from fedkit.errors import WireFormatError
 
-MANY: Final = 2**20  # levels, from which on zlib is tried
-_WORSE: Final = 1.03  # times larger than ANS that its result may be
-_ZLIB: Final = 128  # in the first byte, beside the shift
+MANY: Final = 2**20  # levels, from which zlib is tried
+_WORSE: Final = 1.03  # how many times larger than with ANS its result may be
+_ZLIB: Final = 128  # flag in the first byte, beside the shift
 _SAMPLE: Final = 2**20  # levels counted to make tables
 
 
 def encode_levels(parts: Sequence[Levels]) -> bytes:
     """Return the levels of all parts, coded to about their entropy.
 
-    A part has a table of its own where that pays, and shares one with all others where it does not. Of levels
-    with many values the low bits, which hardly compress, travel as they are.
+    A part has a table of its own where that saves bytes; all other parts share one. If levels take many values,
+    their low bits, which hardly compress, are sent uncoded.
     """
     counts, shift = _histograms(parts)
     owners = _owners(counts)
@@ -120,7 +120,7 @@ def _pop_ans(data: memoryview, tables: Sequence[Table], sizes: Sequence[int]) ->
 def _popped(
     coder: constriction.stream.stack.AnsCoder, odds: NDArray[np.float64], count: int
 ) -> Iterator[NDArray[np.int32]]:
-    """Yield `count` symbols, chunk by chunk; of a table of one symbol, nothing was written."""
+    """Yield `count` symbols, chunk by chunk; for a table of one symbol, nothing was written."""
     model = constriction.stream.model.Categorical(odds, perfect=False) if count and len(odds) > 1 else None
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)
@@ -153,7 +153,7 @@ def _inflate(data: memoryview, tables: Sequence[Table], sizes: Sequence[int]) ->
 def _histograms(parts: Sequence[Levels]) -> tuple[NDArray[np.int64], int]:
     """Return how often each level occurs in each part, shape (parts, levels), and how many low bits were cut off.
 
-    Of a large part a sample is counted; a level between the least and the largest then counts at least once.
+    Of a large part, only a sample is counted; each level from its least to its largest then counts at least once.
     """
     top = max((int(part.max()) for part in parts if part.size), default=0)
     shift = max(0, top.bit_length() - 8)
@@ -163,7 +163,7 @@ def _histograms(parts: Sequence[Levels]) -> tuple[NDArray[np.int64], int]:
             row += np.bincount(chunk >> np.uint16(shift), minlength=row.size)
         if part.size > _SAMPLE:
             row[int(part.min()) >> shift : (int(part.max()) >> shift) + 1] += 1
-    while shift < 8 and counts.shape[1] > 2:  # more low bits, as long as that saves more in tables than it costs
+    while shift < 8 and counts.shape[1] > 2:  # cut more low bits while that saves more than it costs
         coarse = np.pad(counts, ((0, 0), (0, counts.shape[1] % 2))).reshape(len(parts), -1, 2).sum(axis=2)
         if shift == 0 or _bits(coarse).sum() + counts.sum() >= _bits(counts).sum():
             break
@@ -178,7 +178,7 @@ def _sample(part: Levels) -> Iterator[Levels]:
 
 
 def _bits(counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return what each row of counts takes with a table of its own, in bits."""
+    """Return the size of each row of counts when coded with a table of its own, in bits."""
     total = counts.sum(axis=1, keepdims=True)
     share = np.divide(counts, total, out=np.ones(counts.shape), where=(counts > 0) & (total > 0))
     levels = -(counts * np.log2(share)).sum(axis=1)
@@ -186,7 +186,7 @@ def _bits(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _owners(counts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which parts save more by a table of their own than it takes."""
+    """Return which parts save more by a table of their own than it costs."""
     everything = counts.sum(axis=0)
     if len(counts) < 2 or not everything.any():
         return np.zeros(len(counts), np.bool_)

@@ -1,16 +1,16 @@
-"""fedkit's quantizer: the least squared error for the bytes that the user grants.
+"""fedkit's own quantizer: the least squared error at a rate that the user sets.
 
-Levels are signed integers ``k``; ``|k|`` is 0 below the threshold t and grows by one every step Δ above it. A
-receiver turns k ≠ 0 into ``sign(k) (first + (|k| − 1) step)``, whose two numbers are fitted by least squares, so
-that thresholds and values need not be related. The levels go to an entropy coder, so that what costs bytes is
-their entropy, not their number. For a rate, `EntropyConstrained` tries several ratios t/Δ, solves each for Δ, and
-takes the one of least error:
+Levels are signed integers ``k``; ``|k|`` is 0 below the threshold t and grows by one with every step Δ above it. A
+receiver turns k ≠ 0 into ``sign(k) (first + (|k| − 1) step)``. Its two numbers are fitted by least squares, so
+that thresholds and values need not be related. The levels go to an entropy coder, so that the cost in bytes is
+their entropy, not their number. For a given rate, `EntropyConstrained` tries several ratios t/Δ, solves each for
+Δ, and takes the one with the least error:
 
 - t near Δ/2, the rounding of uniform quantizers, at high rates;
 - t above Δ (a dead zone) at low rates, for values with heavy tails: few large entries are worth their bytes;
 - t just above 0, from 1 bit up, for values of almost equal size, as updates of local Adam training are.
 
-Below 1 bit such values are sent as signs of chosen blocks (`fedkit.codec.signs`) where that errs less: choosing
+Below 1 bit, such values are sent as signs of chosen blocks (`fedkit.codec.signs`) where that errs less: choosing
 what to send beats widening the dead zone.
 
 Background: G. J. Sullivan, "Efficient Scalar Quantization of Exponential and Laplacian Random Variables", IEEE
@@ -39,14 +39,14 @@ SIGNS_BELOW: Final = 1.1  # bits per value; all signs, blocks and scales take a 
 MAX_HALF: Final = 2**15 - 1
 _RATIOS: Final = (0.5, 0.55, 0.6, 0.7, 0.85, 1.0, 1.3, 1.8, 2.5, 1e-6)  # threshold / step; the last: only 0 is 0
 _SAMPLE: Final = 2**15  # values looked at to choose thresholds
-_AS_GOOD: Final = 1.03  # times the error, at which signs are preferred: they are much faster to decode
-_ONE_TABLE: Final = 127  # levels of one sign whose table needs no low bits apart
-_HALVINGS: Final = 10  # of the steps, at most four times as large as each other, among which one is sought
-_EXACT: Final = 255  # levels whose squares float32 sums well enough
+_AS_GOOD: Final = 1.03  # times the error up to which signs are preferred: they decode much faster
+_ONE_TABLE: Final = 127  # levels of one sign whose table needs no separate low bits
+_HALVINGS: Final = 10  # of the interval in which the step is sought, at most a factor of 4
+_EXACT: Final = 255  # largest level whose squares float32 sums well enough
 
 
 class Design(NamedTuple):
-    """Thresholds, and what they come to on the sample."""
+    """Thresholds, and their error on the sample."""
 
     threshold: float
     step: float
@@ -105,7 +105,7 @@ class DesignedGroup:
 class EntropyConstrained:
     """The least squared error at `rate` bits per parameter, any number from 0.05 to 8.
 
-    The rate is that of the whole frame over all parameters; what a mask leaves out makes room for the rest.
+    The rate is that of the whole frame over all parameters: entries left out by a mask make room for the others.
 
     Law: ``‖v − Q(v)‖ <= ‖v‖``; the frame has the size asked for within 5 %, or 128 bytes, unless v has too few
     distinct values to need that many, or tails as heavy as Cauchy's (then up to a third more, near 1 bit).
@@ -143,7 +143,7 @@ def best_design(values: NDArray[np.float32], rate: float) -> Design:
     if sample.energy == 0:
         return Design(math.inf, 1.0, 0.0)
     designs = []
-    for ratio in _RATIOS if rate > 0.99 else _RATIOS[:-1]:  # a percent is within what a rate is met to
+    for ratio in _RATIOS if rate > 0.99 else _RATIOS[:-1]:  # a rate is met only to a percent anyway
         step = sample.solve(ratio, rate)
         designs.append(Design(ratio * step, step, sample.try_out(ratio * step, step).error))
     return min(designs, key=lambda design: design.error)
@@ -177,7 +177,7 @@ class _Sample(NamedTuple):
         return _Outcome(rate, 1 - (first * sums.sum() + slope * (sums @ j)) / self.energy)
 
     def _levels(self, threshold: float, step: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return where sizes of the same level begin, those below the threshold left out, and these levels."""
+        """Return where the sizes of each level begin, from the threshold on, and these levels."""
         count, peak = self.sizes.size, self.sizes[-1]
         steps = max(0, int((peak - threshold) / step)) if threshold <= peak else 0
         if steps < count:
@@ -196,7 +196,7 @@ class _Sample(NamedTuple):
         while self.try_out(ratio * low, low).rate < wanted and low > most * 2.0**-15:
             low, high = low / 2, low
         if rate > wanted:
-            return low  # the values have few sizes, which smaller steps would not tell apart any better
+            return low  # there are few distinct sizes, which smaller steps would not separate better
         for _ in range(_HALVINGS):
             middle = math.sqrt(low * high)
             if self.try_out(ratio * middle, middle).rate > rate:
@@ -207,7 +207,7 @@ class _Sample(NamedTuple):
 
 
 def _line(n: float, j: float, jj: float, y: float, jy: float, exact: float = 1e-9) -> tuple[float, float]:
-    """Return intercept and slope of least squares from the sums of 1, j, j², y and j·y, which are `exact` to."""
+    """Return intercept and slope of least squares from the sums of 1, j, j², y and j·y, of precision `exact`."""
     spread = n * jj - j * j
     if spread <= exact * n * jj or n == 0:
         return (y / n if n else 0.0), 0.0
@@ -224,7 +224,7 @@ def _threshold(values: NDArray[np.float32], design: Design) -> tuple[DesignedGro
     offset = np.float32(1 - design.threshold / design.step)
     half = min(MAX_HALF, int(np.float32(peak) * inverse + offset) + 1)
     if half > _ONE_TABLE and _beyond(values, design.threshold + _ONE_TABLE * design.step) < design.error / 2:
-        half = _ONE_TABLE  # else a few outliers would cost all levels their tables
+        half = _ONE_TABLE  # else a few outliers would make the table larger for all levels
     levels, sums = np.empty(values.size, np.uint16), np.zeros(5)
     for start in range(0, values.size, CHUNK):
         part = values[start : start + CHUNK]

@@ -25,7 +25,7 @@ _MASK_KINDS: Final = MASK_CODED | MASK_DELTA | MASK_DRAWN
 class Header:
     """The fixed fields of a frame, checksum verified."""
 
-    grid: int  # 0: float32 values; else how levels map to values, see `fedkit.codec.sections.GRIDS`
+    grid: int  # 0: float32 values; else how levels map to values: `fedkit.codec.sections.GRIDS`
     flags: int
     digest: bytes  # of names and shapes, 8 bytes
     count: int  # values carried, over all arrays

@@ -1,4 +1,4 @@
-"""Codecs as text, for the messages that tell a client how to code."""
+"""Codecs as text, for the messages that tell a client how to encode."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def to_text(codec: Codec) -> str:
     Raises
     ------
     ConfigError
-        If a stage is none of fedkit's, which nodes would not know.
+        If a stage is not one of fedkit's, since nodes would not know it.
     """
     stages = {"quantizer": (codec.quantizer, QUANTIZERS), "sparsifier": (codec.sparsifier, SPARSIFIERS)}
     text = {}

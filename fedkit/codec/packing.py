@@ -11,7 +11,7 @@ from fedkit.errors import WireFormatError
 
 Levels: TypeAlias = NDArray[np.uint16] | NDArray[np.uint8]
 
-_CHUNK: Final = 2**15  # levels unpacked at a time, each bit a byte then; whole bytes for any width
+_CHUNK: Final = 2**15  # levels unpacked at a time, at a byte per bit; fills whole bytes at any width
 
 
 def packed_size(count: int, bits: int) -> int:

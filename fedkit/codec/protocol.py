@@ -1,8 +1,8 @@
-"""What every quantizer is: real numbers ⇄ integer levels.
+"""The interface of all quantizers: real numbers ⇄ integer levels.
 
-A `Quantizer` makes of a group of values a `Group` and its levels. The group is what a receiver must know to turn
-the levels back; its `grid` number says on the wire how to read it. So the inverse needs no quantizer: bytes
-describe themselves.
+A `Quantizer` turns a group of values into a `Group` and its levels. The group is what a receiver must know to turn
+the levels back into values; its `grid` number says on the wire how to read it. So decoding needs no quantizer: the
+bytes describe themselves.
 
 =====================  ============================================  =====================================
 quantizer              in one line                                   file
@@ -29,19 +29,19 @@ from numpy.typing import NDArray
 from fedkit.errors import ConfigError, WireFormatError
 
 MAX_BITS: Final = 16
-_LARGE: Final = 2**19  # values; of more, a part is looked at to decide how to code all
+_LARGE: Final = 2**19  # values; of more, only a part is looked at to decide how to code all
 _RUN: Final = 2**12  # values looked at together
-CHUNK: Final = 2**15  # values that fit a core's cache; what is computed in float64 is as many at a time
+CHUNK: Final = 2**15  # values that fit a core's cache: as many are computed in float64 at a time
 MAX_FLOAT32: Final = float(np.finfo(np.float32).max)
 
 Take: TypeAlias = Callable[[int], memoryview]
-"""Takes so many bytes off a frame; raises WireFormatError if there are fewer."""
+"""Takes the given number of bytes off a frame; raises WireFormatError if there are fewer."""
 
 
 class Group(Protocol):
     """What turns the levels of a group of values back into values."""
 
-    grid: ClassVar[int]  # its number on the wire; one grid, one meaning, for ever
+    grid: ClassVar[int]  # its number on the wire, whose meaning never changes
 
     @property
     def bits(self) -> int:
@@ -52,14 +52,14 @@ class Group(Protocol):
         """How many levels there are."""
 
     def to_bytes(self) -> bytes:
-        """Return the group as it travels; its number of values travels elsewhere."""
+        """Return the group as sent; its number of values is sent elsewhere."""
 
     @classmethod
     def read(cls, take: Take, sizes: Sequence[int]) -> Self:
         """Return the group of arrays of `sizes` values; inverse of `to_bytes`. Raises WireFormatError."""
 
     def dequantize(self, levels: NDArray[np.uint16]) -> NDArray[np.float32]:
-        """Return the values, the same on every machine. Raises WireFormatError for a level that is none."""
+        """Return the values, the same on every machine. Raises WireFormatError for an invalid level."""
 
 
 class Quantized(NamedTuple):
@@ -72,7 +72,7 @@ class Quantized(NamedTuple):
 class Quantizer(Protocol):
     """Values to levels."""
 
-    per_array: ClassVar[bool]  # whether each array is its own group; else all are one
+    per_array: ClassVar[bool]  # whether each array is a group of its own; else all are one
 
     def quantize(self, parts: Sequence[NDArray[np.float32]], rng: np.random.Generator) -> Quantized:
         """Return the values of one array, or of all, each of shape (count,), as the levels of one group."""
@@ -84,7 +84,7 @@ def join(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
 
 
 def tame(parts: Sequence[NDArray[np.float32]]) -> tuple[Sequence[NDArray[np.float32]], int]:
-    """Return the parts times ``2**-power``, and the power: such that no sum or square of float32 is lost.
+    """Return the parts times ``2**-power``, and the power, such that no float32 sum or square over- or underflows.
 
     The power is 0, and nothing is copied, unless the largest value is below 1e-15 or above 1e15.
     """
@@ -96,7 +96,7 @@ def tame(parts: Sequence[NDArray[np.float32]]) -> tuple[Sequence[NDArray[np.floa
 
 
 def thinned(parts: Sequence[NDArray[np.float32]]) -> Sequence[NDArray[np.float32]]:
-    """Return parts of at most about 2**19 values in all that stand for `parts`: every so many chunks of each."""
+    """Return a sample of `parts` of at most about 2**19 values in all: evenly spaced chunks of each part."""
     step = sum(part.size for part in parts) // _LARGE
     if step < 2:
         return parts

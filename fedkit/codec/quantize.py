@@ -1,4 +1,4 @@
-"""AQUILA's quantizer as published, and the form that works.
+"""AQUILA's quantizer as published, and a form of it that works.
 
 Z. Zhao, Y. Mao, Z. Shi, et al., "AQUILA: Communication Efficient Federated Learning with Adaptive
 Quantization in Device Selection Strategy", IEEE TMC 23(6), 2024, https://arxiv.org/abs/2308.00258.
@@ -16,11 +16,11 @@ b*           ``⌊log2(R √d / ‖v‖₂ + 1)⌋``                `adaptive_bi
 
 Deviations from the paper
 -------------------------
-`AquilaMidTread`: none known (the paper was read through third-party code and its parent method, LAQ); an
-innovation of zeros, for which the equations give 0/0, takes no bits. `ZeroMidTread` is ours: it keeps b* but
-starts at 2 bits, has a level at zero, one scale per array, and the scale of least squared error instead of R.
-It exists because updates of local Adam training have entries of almost equal size, for which b* is 1, and
-the published grid, which has no zero, then turns every entry into ±R.
+`AquilaMidTread`: none known (we knew the paper through third-party code and its parent method, LAQ); an innovation
+of zeros, for which the equations give 0/0, takes no bits. `ZeroMidTread` is our own: it keeps b* but starts at
+2 bits, has a level at zero, one scale per array, and the scale of least squared error instead of R. It exists
+because updates of local Adam training have entries of almost equal size, for which b* is 1; the published grid,
+which has no zero, then turns every entry into ±R.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from fedkit.codec.protocol import MAX_BITS, Quantized, Take, check_bits, join, look_up
 from fedkit.errors import ConfigError, WireFormatError
 
-_SAMPLE = 4096  # values looked at to choose a scale
+_SAMPLE = 4096  # values sampled to choose a scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class MidTreadGroup(ScaledGroup):
 class AquilaMidTread:
     """AQUILA's quantizer as published: 2^b levels from −R to R, none of them zero, b = b* within the bounds.
 
-    With both bounds the same it is LAQ's.
+    With equal bounds it is LAQ's quantizer.
 
     Law: every entry errs by at most τR, half a step.
     """
@@ -131,10 +131,10 @@ class AquilaMidTread:
 class ZeroMidTread:
     """Uniform levels with one at zero: 2^b − 1 levels from −scale to scale, b* bits but at least 2.
 
-    The scale is the one, of those tried, with the least squared error; what lies outside is clipped.
+    The scale is the one, of those tried, with the least squared error; values outside are clipped.
 
     Laws: an entry within the scale errs by at most half a step, one outside by what it exceeds the scale; no
-    entry changes sign or grows its error beyond its own size, so ``‖v − Q(v)‖ < ‖v‖`` unless v is zero.
+    entry changes sign or has an error larger than its own size, so ``‖v − Q(v)‖ < ‖v‖`` unless v is zero.
     """
 
     min_bits: int = 2

@@ -1,4 +1,4 @@
-"""EDEN: a random rotation makes every vector look normal; then the best levels for a normal distribution.
+"""EDEN: a random rotation makes any vector look normal; its levels are the best for a normal distribution.
 
 S. Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed Mean Estimation for Federated
 Learning", ICML 2022, https://arxiv.org/abs/2108.08842. With 1 bit it is their DRIVE (NeurIPS 2021).
@@ -13,8 +13,8 @@ S         scale; ``‖x‖² / ⟨R x, Q(R x)⟩`` is unbiased    `scales`
 
 Deviations from the paper
 -------------------------
-Blocks of 4,096 entries are rotated instead of the whole vector, which costs half as many passes and less padding;
-each has its own scale. By default that is the scale of least squared error; ``unbiased=True`` is EDEN's.
+Blocks of 4,096 entries are rotated instead of the whole vector, which takes half as many passes and less padding;
+each block has its own scale. By default this is the scale of least squared error; ``unbiased=True`` gives EDEN's.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class RotatedGroup:
 
     @property
     def num_levels(self) -> int:
-        """One for each entry of the blocks, the last of which is filled up with zeros."""
+        """One for each entry of the blocks, the last of which is padded with zeros."""
         return padded_size(self.count)
 
     def to_bytes(self) -> bytes:
@@ -88,9 +88,9 @@ class RotatedGroup:
 
 @dataclass(frozen=True, slots=True)
 class Eden:
-    """Rotated, then quantized as if normal.
+    """Rotates values, then quantizes them as if they were normal.
 
-    Law: the squared error is, for long vectors, that of a normal distribution: ``.3634 ‖v‖²`` at 1 bit,
+    Law: for long vectors, the squared error is that of a normal distribution: ``.3634 ‖v‖²`` at 1 bit,
     ``.1175 ‖v‖²`` at 2, ``.0345 ‖v‖²`` at 3, ``.0095 ‖v‖²`` at 4, whatever v is.
     """
 
@@ -129,7 +129,7 @@ class Eden:
 def rotate(values: NDArray[np.float32], seed: int, *, back: bool = False) -> NDArray[np.float32]:
     """Return random signs, then the Hadamard transform, of each block of `values`; `back`: the inverse.
 
-    The length must be a `padded_size`. Additions in a fixed order: the same values on every machine.
+    The length must be a `padded_size`. Additions have a fixed order, so that all machines get the same values.
     """
     raw = np.random.Philox(key=seed).random_raw(-(-values.size // 64)).astype("<u8")
     bits = np.unpackbits(raw.view(np.uint8), bitorder="little")[: values.size]
@@ -154,7 +154,7 @@ def padded_size(count: int) -> int:
 
 
 def _hadamard(blocks: NDArray[np.float32]) -> None:
-    """Transform each row in place; rows have a power of two of entries."""
+    """Transform each row in place; the number of entries of a row is a power of two."""
     size, step = blocks.shape[1], 1
     while step < size:
         pairs = blocks.reshape(blocks.shape[0], size // (2 * step), 2, step)
@@ -166,7 +166,7 @@ def _hadamard(blocks: NDArray[np.float32]) -> None:
 
 
 def _blocks(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return `values` as rows of BLOCK entries, the last one filled up with zeros."""
+    """Return `values` as rows of BLOCK entries, the last one padded with zeros."""
     rows = np.zeros((-(-values.size // BLOCK), BLOCK), np.float32)
     rows.ravel()[: values.size] = values
     return rows

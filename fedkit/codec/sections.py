@@ -31,13 +31,13 @@ GRIDS: Final[dict[int, type[Group]]] = {
     group.grid: group
     for group in (MidRiseGroup, MidTreadGroup, DesignedGroup, RotatedGroup, BlocksGroup, SignsGroup)
 }
-_WORTH: Final = 0.995  # of packed levels: what coding must save to be worth its time
+_WORTH: Final = 0.995  # of the packed size, below which coding is worth its time
 _U32 = struct.Struct("<I")
 _DRAWN = struct.Struct("<Qd")  # seed and density
 
 
 class Reader:
-    """Takes sections off a body, in order, and never more than there is."""
+    """Reads the sections of a body in order, and never beyond its end."""
 
     def __init__(self, body: memoryview) -> None:
         self._body = body
@@ -68,9 +68,9 @@ def split(flat: NDArray[T], sizes: Sequence[int]) -> list[NDArray[T]]:
 
 
 def write_mask(mask: Mask | DrawnMask, last: Mask | None) -> tuple[int, bytes]:
-    """Return flags and section of a mask: a bitmap, coded, or coded as change of `last`, whichever is smallest.
+    """Return flags and section of a mask: a bitmap, coded, or coded as a change of `last`, whichever is smallest.
 
-    Of one that is drawn, what it is drawn from.
+    Of a drawn mask, the section has only the seed and the density.
     """
     if isinstance(mask, DrawnMask):
         return MASKED | MASK_DRAWN, _DRAWN.pack(mask.seed, mask.density)
@@ -90,7 +90,7 @@ def read_mask(body: Reader, flags: int, like: NamedArrays, last: Mask | None) ->
     Raises
     ------
     SchemaMismatchError
-        If the section is a change of another mask than `last`.
+        If the section is a change of a mask other than `last`.
     WireFormatError
         If it is damaged.
     """
@@ -140,7 +140,7 @@ def write_groups(groups: Sequence[Quantized], sizes: Sequence[int]) -> tuple[int
     """Return flags and sections of quantized groups, the levels packed or coded, whichever is smaller."""
     heads = [quantized.group.to_bytes() for quantized in groups]
     packed = sum(packed_size(levels.size, group.bits) for group, levels in groups)
-    even = groups and isinstance(groups[0].group, SignsGroup)  # as many of each: nothing to gain
+    even = groups and isinstance(groups[0].group, SignsGroup)  # signs are equally frequent: nothing to gain
     coded = b"" if even or not packed else encode_levels(_parts(groups, sizes))
     if coded and len(coded) < _WORTH * packed:
         return CODED, [*heads, coded]
@@ -165,7 +165,7 @@ def read_groups(body: Reader, grid: int, flags: int, sizes: Sequence[int]) -> li
 
 
 def _part_sizes(heads: Sequence[Group], sizes: Sequence[int]) -> list[int]:
-    """Return how many levels each part has that may own a table: an array's, where levels belong to arrays."""
+    """Return the number of levels of each part that may own a table: each array, if levels belong to arrays."""
     if len(heads) == 1 and heads[0].num_levels == sum(sizes):
         return list(sizes)
     return [head.num_levels for head in heads]

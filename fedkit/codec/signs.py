@@ -1,8 +1,9 @@
 """Signs of chosen blocks: below one bit per entry, the least error for values of almost equal size.
 
-Local training with Adam moves every entry by about the learning rate, step after step: the entries of an update
-differ little in size, and to say which are large costs more than it brings. So whole blocks of consecutive entries
-are sent or not, those of the largest mean size first; of what is sent the sign, with one scale per array.
+Local training with Adam moves every entry by about the learning rate, step after step. So the entries of an update
+differ little in size, and saying which ones are large costs more than it gains. Instead, whole blocks of
+consecutive entries are sent or not, those with the largest mean size first. Of the entries sent, only the sign is
+sent, with one scale per array.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from fedkit.errors import WireFormatError
 
 MIN_BLOCK: Final = 64  # entries
 MAX_BLOCK: Final = 1024
-_SOME: Final = 2**9  # blocks looked at together
-NUM_BLOCKS: Final = 128  # about as many, if their entries are between the two
+_SOME: Final = 2**9  # blocks summed at a time
+NUM_BLOCKS: Final = 128  # approximate number of blocks, if their size is between these two
 
 
 class Blocks(NamedTuple):
@@ -29,7 +30,7 @@ class Blocks(NamedTuple):
 
     starts: NDArray[np.int64]  # of each block, in the joined values
     sizes: NDArray[np.int64]
-    owner: NDArray[np.int64]  # the array that a block is of
+    owner: NDArray[np.int64]  # the array that a block belongs to
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Snapshots: dense frames that bring names and shapes along, for a receiver that has nothing yet."""
+"""Snapshots: dense frames that include names and shapes, for a receiver that has nothing yet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedkit.codec.sections import MASK_DRAWN
 from fedkit.codec.wire import Codec, decode
 from fedkit.errors import WireFormatError
 
-MAX_SCHEMA_BYTES: Final = 2**20  # names and shapes, as JSON; of a small snapshot 2**16 and its own size
+MAX_SCHEMA_BYTES: Final = 2**20  # names and shapes, as JSON; for a small snapshot, 2**16 plus its own size
 MAX_BRACKETS: Final = 2048  # in that JSON, two for an array, and one for each 128 bytes of the snapshot
 MAX_VALUES_PER_BYTE: Final = 4096  # of a whole snapshot; fewer than a real one has
 LOSSLESS: Final = Codec()
@@ -25,7 +25,7 @@ LOSSLESS: Final = Codec()
 def encode_snapshot(
     arrays: NamedArrays, codec: Codec = LOSSLESS, *, rng: np.random.Generator | None = None
 ) -> bytes:
-    """Return a frame that brings its names and shapes along: dense float32, unless `codec` says otherwise.
+    """Return a frame that includes its names and shapes: dense float32, unless `codec` says otherwise.
 
     Raises
     ------
@@ -39,7 +39,7 @@ def encode_snapshot(
     header = read_header(frame)
     body, schema = frame[HEADER_SIZE:], zlib.compress(text.encode(), 9)
     sealed = seal(header.grid, header.flags, arrays, header.count, [body], schema)
-    _read_schema(schema, len(sealed))  # a receiver has limits
+    _read_schema(schema, len(sealed))  # raises if a receiver would refuse it
     return sealed
 
 
@@ -54,17 +54,17 @@ def decode_snapshot(data: bytes) -> dict[str, NDArray[np.float32]]:
     header = read_header(data)
     if not header.schema_size:
         raise WireFormatError("expected a snapshot, got a frame without names and shapes.")
-    if header.flags & MASK_DRAWN:  # 16 bytes that speak of any number of entries
+    if header.flags & MASK_DRAWN:  # its 16 bytes could claim any number of entries
         raise WireFormatError("the mask of a snapshot is not drawn.")
     shapes = _read_schema(data[HEADER_SIZE : HEADER_SIZE + header.schema_size], len(data))
-    size = sum(math.prod(max(n, 1) for n in shape) for shape in shapes.values())  # numpy minds (0, 2**64), too
-    if size < header.count or size > MAX_VALUES_PER_BYTE * len(data):  # before anything of that size is made
+    size = sum(math.prod(max(n, 1) for n in shape) for shape in shapes.values())  # numpy also rejects (0, 2**64)
+    if size < header.count or size > MAX_VALUES_PER_BYTE * len(data):  # before anything of that size is allocated
         raise WireFormatError(f"the names and shapes call for {size} values, which cannot be in this frame.")
     return decode(data, like={name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()})
 
 
 def _read_schema(section: bytes, size: int) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of a snapshot of `size` bytes; limits are checked before anything large is made."""
+    """Return names and shapes of a snapshot of `size` bytes; limits are checked before any large allocation."""
     unpack = zlib.decompressobj()
     try:
         text = unpack.decompress(section, min(MAX_SCHEMA_BYTES, 2**16 + size))

@@ -1,4 +1,4 @@
-"""Which entries travel: boolean masks over named arrays, and the values under them.
+"""Which entries are sent: boolean masks over named arrays, and the values under them.
 
 `TopK` is of A. F. Aji and K. Heafield, "Sparse Communication for Distributed Gradient Descent", EMNLP 2017.
 """
@@ -25,7 +25,7 @@ class Sparsifier(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The share `density` of all entries that is largest in size; of equals, the first.
+    """The share `density` of all entries that is largest in magnitude; ties go to the lower index.
 
     Law: no other mask of as many entries keeps more of the squared norm.
     """
@@ -44,7 +44,7 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class Nonzero:
-    """All entries but zeros: loses nothing."""
+    """All entries except zeros: lossless."""
 
     def mask(self, update: NamedArrays) -> dict[str, NDArray[np.bool_]]:
         """Return True where an entry is not zero."""
@@ -71,7 +71,7 @@ class Magnitude:
 class Structured:
     """Whole rows (axis 0) or columns (axis 1) of each matrix, the share `density` with the largest norms.
 
-    Of LoRA factors: rows of ``lora_A`` and columns of ``lora_B`` belong to one rank each. Vectors are sent whole.
+    In LoRA factors, each row of ``lora_A`` and column of ``lora_B`` belongs to one rank. Vectors are sent whole.
     Law: at least one row, or column, of each matrix is sent.
     """
 
@@ -138,7 +138,7 @@ def density(mask: Mask) -> float:
 def random_mask(like: NamedArrays, density: float, rng: np.random.Generator) -> dict[str, NDArray[np.bool_]]:
     """Return a mask that keeps a random `density` of each matrix, at least one entry, and all of each vector.
 
-    Vectors (biases, norms) are few and matter much, so that sparse training leaves them whole.
+    Vectors (biases, norms) are small and matter much, so sparse training leaves them whole.
 
     >>> mask = random_mask({"w": np.zeros((4, 5), np.float32)}, 0.25, np.random.default_rng(0))
     >>> int(mask["w"].sum())
@@ -156,12 +156,12 @@ def random_mask(like: NamedArrays, density: float, rng: np.random.Generator) -> 
 
 @dataclass(frozen=True, slots=True)
 class DrawnMask:
-    """A mask that both sides draw: only its seed travels.
+    """A mask that both sides draw: only its seed and density are sent.
 
     "Random mask" of J. Konečný et al., "Federated Learning: Strategies for Improving Communication Efficiency",
-    2016, https://arxiv.org/abs/1610.05492. Of each matrix it keeps `density`, at least one entry, and all of each
-    vector, as `random_mask`, but the same under every version of numpy: each entry of a matrix has a random word,
-    and those with the smallest are kept.
+    2016, https://arxiv.org/abs/1610.05492. Like `random_mask`, it keeps `density` of each matrix, at least one
+    entry, and all of each vector; but it is the same with every version of numpy: each entry of a matrix gets a
+    random word, and the entries with the smallest words are kept.
     """
 
     seed: int  # below 2**64
@@ -171,7 +171,7 @@ class DrawnMask:
         _check_density(self.density)
 
     def mask(self, like: NamedArrays) -> dict[str, NDArray[np.bool_]]:
-        """Return True for the entries that are kept of arrays with these names and shapes."""
+        """Return True for the entries that are kept, in arrays with these names and shapes."""
         words, mask = np.random.Philox(key=self.seed), {}
         for name, array in like.items():
             flat = np.ones(array.size, np.bool_)
@@ -190,10 +190,10 @@ def kept_of(size: int, density: float) -> int:
 def prune_and_regrow(
     mask: Mask, magnitude: NamedArrays, growth: NamedArrays, rate: float
 ) -> dict[str, NDArray[np.bool_]]:
-    """Return a mask of the same density per array that moved a share `rate` of its kept entries.
+    """Return a mask of the same density per array, with a share `rate` of its kept entries moved.
 
-    Of each array, the kept entries of least `magnitude` go and as many others of largest `growth` come; none
-    that goes comes back at once. Ties go to the lower index.
+    In each array, the kept entries of least `magnitude` are dropped, and as many others of largest `growth` are
+    added; no dropped entry is added back at once. Ties go to the lower index.
     """
     moved = {}
     for name, kept in mask.items():
@@ -214,7 +214,7 @@ def _largest(sizes: NDArray[np.floating], density: float) -> NDArray[np.int64]:
 
 
 def _smallest(values: NDArray[Any], count: int) -> NDArray[np.int64]:
-    """Return the indices of the `count` smallest values, in no order; of equals, the first."""
+    """Return the indices of the `count` smallest values, in no order; ties go to the lower index."""
     if not count:
         return np.zeros(0, np.int64)
     bound = np.partition(values, count - 1)[count - 1]

@@ -1,7 +1,7 @@
-"""Tables of frequencies, a byte for each level; and the joining of small levels into one symbol.
+"""Frequency tables, one byte per level; and the joining of several small levels into one symbol.
 
-A coder's time is per symbol, so that symbols of several levels make it several times faster, at no loss: the
-frequency of a symbol is the product of those of its levels.
+A coder takes a fixed time per symbol, so joining several levels into a symbol makes it several times faster, at no
+loss: the frequency of a symbol is the product of those of its levels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COSTS: Final = np.array([round(2 ** (24 - byte / 16)) for byte in range(ABSENT)]
 """What a byte of a table means: the frequency of a level, from 2**24 down by sixteenths of a bit."""
 
 MAX_SYMBOLS: Final = 256  # of one table
-CHUNK: Final = 2**8 * 120  # levels joined at a time: whole symbols, of however many levels
+CHUNK: Final = 2**8 * 120  # levels joined at a time; a multiple of every number of levels per symbol
 _HEAD = struct.Struct("<BB")  # first level, number of levels − 1
 HEAD_BITS: Final = 8 * _HEAD.size
 
@@ -34,7 +34,7 @@ class Table(NamedTuple):
     costs: NDArray[np.uint8]
 
     def to_bytes(self) -> bytes:
-        """Return the table as it travels."""
+        """Return the table as it is sent."""
         return _HEAD.pack(self.first, self.costs.size - 1) + self.costs.tobytes()
 
     @classmethod
@@ -62,7 +62,7 @@ class Table(NamedTuple):
         return np.asarray(weights / weights.max(), np.float64)
 
     def join(self, levels: Levels) -> NDArray[np.uint8]:
-        """Return levels as symbols of the coder; the last one is filled up with the most frequent level."""
+        """Return levels as symbols of the coder; the last one is padded with the most frequent level."""
         present, group = np.flatnonzero(self.costs != ABSENT), self.symbols().shape[1]
         rank = np.zeros(MAX_SYMBOLS, np.uint8)
         rank[present + self.first] = np.arange(present.size)
@@ -91,12 +91,12 @@ class Table(NamedTuple):
         return levels.ravel()[:size]
 
     def num_symbols(self, size: int) -> int:
-        """Return how many symbols `size` levels are joined to."""
+        """Return how many symbols `size` levels are joined into."""
         return -(-size // int(self.symbols().shape[1]))
 
 
 def make_table(counts: NDArray[np.int64]) -> Table:
-    """Return the table of levels that occur `counts` times; of nothing, a table of level 0 alone."""
+    """Return the table of levels that occur `counts` times; if none does, a table of level 0 alone."""
     (present,) = np.nonzero(counts)
     if not present.size:
         return Table(0, np.zeros(1, np.uint8))
@@ -113,6 +113,6 @@ def _costs(counts: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 @cache
 def _digits(base: int) -> NDArray[np.uint8]:
-    """Return all numbers of as many digits as fit a symbol, a row each; 8 digits at most."""
+    """Return all numbers with as many digits as fit in a symbol, one per row; at most 8 digits."""
     count = next(n for n in (8, 5, 4, 3, 2, 1) if base**n <= MAX_SYMBOLS)
     return np.ascontiguousarray(np.indices((base,) * count, np.uint8).reshape(count, -1).T)

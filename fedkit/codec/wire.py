@@ -1,8 +1,8 @@
 """Named arrays ⇄ frames: the only encode and decode.
 
-A frame says everything but names and shapes, which both sides know: it holds an 8-byte digest of them, so that
-another schema is an error and not noise. `WIRE.md` is the specification, byte by byte; `fedkit.codec.snapshot` has
-the frames that bring names and shapes along.
+A frame holds everything but names and shapes, which both sides know; it has an 8-byte digest of them, so that a
+mismatch is an error rather than noise. `WIRE.md` is the specification, byte by byte; `fedkit.codec.snapshot` has
+the frames that include names and shapes.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from fedkit.errors import SchemaMismatchError, WireFormatError
 
 _HEADS: Final = 24  # bytes of a group of `EntropyConstrained`, and of a small table
 _LEAST: Final = 12  # bytes of values, at least: with fewer, nothing of a few values is ever sent
-_TRIES: Final = 6  # to meet a rate
-_CLOSE: Final = 0.01  # to a rate, relative
-_WORD: Final = 4  # bytes of a coded stream: sizes less far apart have none between them
+_TRIES: Final = 6  # attempts to meet a rate
+_CLOSE: Final = 0.01  # relative distance to a rate that is close enough
+_WORD: Final = 4  # bytes of a coded stream: no size lies between two that are so close
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Codec:
         update : NamedArrays
             Arrays of any shapes.
         mask : Mask or DrawnMask, optional
-            Which entries to send; the sparsifier's choice if unset. Of one that is drawn only the seed is sent.
+            Which entries to send; the sparsifier's choice if unset. A drawn mask is sent as seed and density.
         last_mask : Mask, optional
             A mask that the receiver has, so that only its change need be sent.
         rng : np.random.Generator, optional
@@ -99,7 +99,7 @@ def decode(data: bytes, *, like: NamedArrays, last_mask: Mask | None = None) -> 
     like : NamedArrays
         Arrays with the names, order and shapes that are expected. Nothing is allocated before they are checked.
     last_mask : Mask, optional
-        The mask that the sender may have taken as known.
+        The mask that the sender may have assumed to be known.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def decode(data: bytes, *, like: NamedArrays, last_mask: Mask | None = None) -> 
 
 
 def open_frame(data: bytes, *, like: NamedArrays, last_mask: Mask | None = None) -> Frame:
-    """Return a frame, checked and its levels decoded; arguments and errors as of `decode`."""
+    """Return a frame, checked, with its levels decoded; arguments and errors as in `decode`."""
     header = read_header(data)
     if header.digest != schema_digest(like):
         raise SchemaMismatchError(
@@ -134,13 +134,13 @@ def open_frame(data: bytes, *, like: NamedArrays, last_mask: Mask | None = None)
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What a frame holds, up to turning levels into values."""
+    """The contents of a frame, before levels are turned into values."""
 
     like: NamedArrays
     mask: dict[str, NDArray[np.bool_]] | None  # which entries are carried; None: all
-    drawn: bool  # whether of the mask only a seed travelled
-    sizes: Sequence[int]  # values carried of each array
-    raw: NDArray[np.float32] | None  # values as they travelled, or
+    drawn: bool  # whether only seed and density of the mask were sent
+    sizes: Sequence[int]  # number of values carried, per array
+    raw: NDArray[np.float32] | None  # values as they were sent, or
     groups: Sequence[Quantized]  # as levels
 
     def values(self) -> NDArray[np.float32]:
@@ -149,7 +149,7 @@ class Frame:
         Raises
         ------
         WireFormatError
-            If a level is none of its grid, or a value is not finite.
+            If a level is not on its grid, or a value is not finite.
         """
         flat = join([quantized.group.dequantize(quantized.levels) for quantized in self.groups])
         flat = flat if self.raw is None else self.raw
@@ -158,7 +158,7 @@ class Frame:
         return flat
 
     def arrays(self, values: NDArray[np.float32] | None = None) -> dict[str, NDArray[np.float32]]:
-        """Return the arrays, of what `values` returned or will; entries that were masked out are zero."""
+        """Return the arrays, made of `values` if these are given; entries that were masked out are zero."""
         flat = self.values() if values is None else values
         return scatter(split(flat, self.sizes), self.mask, like=self.like)
 
@@ -170,7 +170,7 @@ class Frame:
 
 
 class _Draft:
-    """What stays the same while a rate is being met: all but the levels."""
+    """The parts of a frame that stay the same while a rate is being met: all but the levels."""
 
     def __init__(self, flags: int, update: NamedArrays, parts: Sequence[NDArray[np.float32]], mask: bytes) -> None:
         self._flags, self._update, self._mask = flags, update, mask
@@ -207,8 +207,8 @@ class _Draft:
 class _Try(NamedTuple):
     """An attempt to meet a size."""
 
-    rate: float  # that was asked for
-    size: float  # that was got, bytes besides heads
+    rate: float  # asked for
+    size: float  # obtained: bytes besides heads
     group: Quantized
     written: tuple[int, list[bytes]]  # flags and sections
 
@@ -222,7 +222,7 @@ def _try(quantizer: EntropyConstrained, parts: Sequence[NDArray[np.float32]], ra
 def _meet(
     quantizer: EntropyConstrained, parts: Sequence[NDArray[np.float32]], room: float, rate: float, close: float
 ) -> _Try:
-    """Return a try that takes about `room` bytes besides heads, to the share `close`; `rate` is tried first."""
+    """Return a try of about `room` bytes besides heads, within the share `close`; `rate` is tried first."""
     best = last = _try(quantizer, parts, rate)
     known = {0.0: 0.0}  # sizes, by rate
     for _ in range(_TRIES - 1):
@@ -235,13 +235,13 @@ def _meet(
 
 
 def _neighbours(sizes: Collection[float], room: float) -> bool:
-    """Return whether no size lies between those next to `room`."""
+    """Return whether no size is possible between the known ones next to `room`."""
     below = max(size for size in sizes if size <= room)
     return min((size for size in sizes if size > room), default=math.inf) - below <= _WORD
 
 
 def _between(known: Mapping[float, float], room: float) -> float:
-    """Return the rate at which a line through the sizes next to `room` meets it."""
+    """Return the rate at which a line through the known sizes next to `room` reaches `room`."""
     size, rate = max((size, rate) for rate, size in known.items() if size <= room)
     above = [(size, rate) for rate, size in known.items() if size > room]
     if not above:

@@ -1,4 +1,4 @@
-"""Whether this machine, and an app, are fit for fedkit: each finding with what to do about it."""
+"""Checks whether this machine, and an app, are ready for fedkit: findings, and what to do about each."""
 
 from __future__ import annotations
 

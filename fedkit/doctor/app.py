@@ -1,4 +1,4 @@
-"""Whether an app's directory is as fedkit likes it, read from its sources: nothing of it is run."""
+"""Checks of an app's directory, read from its sources: none of its code is run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUNDLE_BYTES: Final = 10_000_000  # Flower accepts no larger app
 
 
 def app_findings(app_dir: Path) -> Iterator[Finding]:
-    """Yield what is found of an app."""
+    """Yield the findings about an app."""
     try:
         name, config = read_app(app_dir)
         table = tomllib.loads((app_dir / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]
@@ -57,7 +57,7 @@ def app_findings(app_dir: Path) -> Iterator[Finding]:
 
 
 def _client(app_dir: Path, path: Path, strategy: str) -> Iterator[Finding]:
-    """Yield what is found of the module with the ClientApp."""
+    """Yield the findings about the module with the ClientApp."""
     found = list(heavy_imports(app_dir, path))
     if found:
         advice = (
@@ -83,20 +83,20 @@ def _client(app_dir: Path, path: Path, strategy: str) -> Iterator[Finding]:
 
 
 def _mod_of(strategy: str) -> str:
-    """Return the name of the mod that clients need for a strategy; none for Flower's FedAvg, and unknown ones."""
+    """Return the name of the mod that clients need for a strategy; empty for Flower's FedAvg and unknown ones."""
     scheme = getattr(class_of(STRATEGIES[strategy]), "scheme", "") if strategy in STRATEGIES else ""
     return "".join(map(str.capitalize, scheme.split("-"))) + "Mod" if scheme else ""
 
 
 def _is_heavy(path: Path) -> bool:
-    """Return whether a module imports what is slow anywhere."""
+    """Return whether a module imports a slow package anywhere."""
     nodes = ast.walk(ast.parse(path.read_text("utf-8")))
     imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
     return any(name.split(".")[0] in HEAVY for node in imports for name in _names(node, ""))
 
 
 def heavy_imports(app_dir: Path, path: Path, seen: set[Path] | None = None) -> Iterator[str]:
-    """Yield where a module, or another of the app that it imports, imports what is slow when it is imported."""
+    """Yield where a module, or an app module that it imports, imports a slow package at import time."""
     seen = set() if seen is None else seen
     if path in seen:
         return
@@ -112,7 +112,7 @@ def heavy_imports(app_dir: Path, path: Path, seen: set[Path] | None = None) -> I
 
 
 def _at_import(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Yield the imports that are carried out when a module is imported."""
+    """Yield the imports that run when a module is imported."""
     for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
@@ -123,7 +123,7 @@ def _at_import(body: list[ast.stmt]) -> Iterator[ast.Import | ast.ImportFrom]:
 
 
 def _names(node: ast.Import | ast.ImportFrom, package: str) -> list[str]:
-    """Return the modules that an import may be of."""
+    """Return the modules that an import statement may import."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
@@ -132,7 +132,7 @@ def _names(node: ast.Import | ast.ImportFrom, package: str) -> list[str]:
 
 
 def _file_of(app_dir: Path, module: str) -> Path | None:
-    """Return the file of a module of the app; None if it is another's."""
+    """Return the file of a module of the app; None if it is not the app's."""
     path = app_dir.joinpath(*module.split("."))
     return next(
         (file for file in (path.with_suffix(".py"), path / "__init__.py") if module and file.is_file()), None
@@ -140,7 +140,7 @@ def _file_of(app_dir: Path, module: str) -> Path | None:
 
 
 def _mods(tree: ast.Module) -> list[str]:
-    """Return the names of the mods that a ClientApp is made with."""
+    """Return the names of the mods that a ClientApp is constructed with."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "ClientApp":
             for keyword in node.keywords:

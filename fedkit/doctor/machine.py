@@ -17,13 +17,13 @@ from fedkit.state import STATE_DIR
 from .finding import Finding, ok, problem, warning
 from .packages import torch_build
 
-MEMORY: Final = 2e9  # bytes; a simulation's server, and a client at a time, with torch
+MEMORY: Final = 2e9  # bytes; a simulation's server and one client at a time, with torch
 DISK_LEAST, DISK_WANTED = 1e8, 2e9  # bytes
 SMI: Final = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
 
 
 def machine_findings() -> Iterator[Finding]:
-    """Yield what is found of this machine."""
+    """Yield the findings about this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield ok("processors", f"{cores}: as many clients of a simulation train at once")
     memory = total_bytes()
@@ -55,7 +55,7 @@ def _gpu() -> Finding:
 
 
 def _disk(what: str, folder: Path) -> Finding:
-    """Return what is found of a folder, or of the one above it that exists."""
+    """Return the finding about a folder, or about its nearest parent that exists."""
     there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     if not os.access(there, os.W_OK):
         return problem(what, f"{there} cannot be written", "Choose another folder, or get leave to write.")

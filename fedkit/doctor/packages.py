@@ -23,7 +23,7 @@ OPTIONAL: Final = {"tensorboard": "--tensorboard", "mlflow-skinny": "--mlflow"}
 
 
 def package_findings() -> Iterator[Finding]:
-    """Yield what is found of Python, Flower, and what clients and trackers need."""
+    """Yield the findings about Python, Flower, and what clients and trackers need."""
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     if sys.platform in ("linux", "darwin"):
         yield ok("Python", found)
@@ -40,7 +40,7 @@ def package_findings() -> Iterator[Finding]:
 
 
 def installed(name: str) -> str:
-    """Return the version of a package; nothing, if it is not installed."""
+    """Return the version of a package; empty if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -74,7 +74,7 @@ def _simulation() -> Finding:
 
 
 def _client() -> Iterator[Finding]:
-    """Yield what is found of the packages that train; a server needs none of them."""
+    """Yield the findings about the packages that training needs; a server needs none of them."""
     versions = {name: installed(name) for name in CLIENT}
     found = ", ".join(f"{name} {number}" for name, number in versions.items() if number)
     lacking = [name for name, number in versions.items() if not number]
@@ -87,7 +87,7 @@ def _client() -> Iterator[Finding]:
         yield ok("torchvision", "not installed; fedkit does not need it")
         return
     try:
-        check_torchvision()  # which imports it: nothing else tells
+        check_torchvision()  # imports it, since nothing else can tell
         yield ok("torchvision", installed("torchvision"))
     except ConfigError as error:
         said, _, advice = str(error).partition("). ")

@@ -1,4 +1,4 @@
-"""What a deployment needs besides: ports, Flower's config, Docker."""
+"""What else a deployment needs: ports, Flower's config, Docker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCKER_SECONDS: Final = 5.0
 
 
 def service_findings() -> Iterator[Finding]:
-    """Yield what is found of ports, Flower's config and Docker."""
+    """Yield the findings about ports, Flower's config and Docker."""
     taken = [port for port in PORTS if not is_free(port)]
     if taken:
         found = ", ".join(f"{port} (for {PORTS[port]})" for port in taken)
@@ -36,7 +36,7 @@ def service_findings() -> Iterator[Finding]:
 
 
 def is_free(port: int) -> bool:
-    """Return whether a program could listen at a port of all addresses."""
+    """Return whether a program could listen on a port at all addresses."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,4 +1,4 @@
-"""What happened in runs: tables on a terminal, and a page that is one file.
+"""Reports on runs: tables on a terminal, and a page in a single file.
 
 reading.py ── figures.py ─┬─ tables.py                    what `fedkit run` prints
 a run's files   numbers   └─ page.py ── plots.py, …       what `fedkit report` writes

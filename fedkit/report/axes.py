@@ -1,4 +1,4 @@
-"""Axes: where a value lies, and which ticks are round numbers."""
+"""Axes of plots: the positions of values, and ticks at round numbers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Axis:
     low: float
     high: float
     written: Callable[[float], str]
-    step: float = 0.0  # between two ticks; 0: it is logarithmic
+    step: float = 0.0  # between two ticks; 0: the axis is logarithmic
 
     @classmethod
     def over(
         cls, label: str, values: Iterable[float], written: Callable[[float], str], *, zero: bool = False
     ) -> Axis:
-        """Return the axis that shows all `values`, from a tick to a tick; `zero`: from 0."""
+        """Return the axis that shows all `values`, beginning and ending at a tick; `zero`: it includes 0."""
         found = list(values) or [0.0, 1.0]
         low, high = (min(0.0, *found) if zero else min(found)), max(found)
         if low == high:
@@ -43,7 +43,7 @@ class Axis:
         return cls(label, min(found) / 1.15, max(found) * 1.15, written)
 
     def place(self, value: float) -> float:
-        """Return where a value lies: 0 at the low end, 1 at the high one."""
+        """Return the position of a value: 0 at the low end, 1 at the high end."""
         if not self.step:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -62,6 +62,6 @@ class Axis:
 
 
 def _step(span: float) -> float:
-    """Return 1, 2 or 5 times a power of ten, 4 to 8 of which are `span`."""
+    """Return 1, 2 or 5 times a power of ten, such that 4 to 8 of them span `span`."""
     power = 10.0 ** math.floor(math.log10(span / 5))
     return next(k * power for k in (1, 2, 5, 10) if span / (k * power) <= 8)

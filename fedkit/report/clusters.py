@@ -1,4 +1,4 @@
-"""Which adapter was in which cluster: a map that a slider moves through the rounds, and a strip of all rounds."""
+"""The cluster of each adapter: a map with a slider over the rounds, and a strip of all rounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHAPES: Final = (  # by slot, around 0, 0
 
 
 def cluster_map(arm: ArmRecord, name: str) -> Markup | None:
-    """Return the map of an arm whose page has the id `name`, and the strip; None if nothing was clustered."""
+    """Return the map of an arm, with the id `name` in the page, and the strip; None if nothing was clustered."""
     frames = [line for line in arm.clusters if line["adapters"]]
     if not frames:
         return None
@@ -34,12 +34,12 @@ def cluster_map(arm: ArmRecord, name: str) -> Markup | None:
 
 
 def key_of(adapter: Mapping[str, Any]) -> tuple[str, int]:
-    """Return whose adapter it is."""
+    """Return the client and the slot of an adapter."""
     return str(adapter.get("client", "")), int(adapter.get("slot", 0))
 
 
 def _moving(frames: Sequence[Mapping[str, Any]], name: str, title: str) -> Markup:
-    """Return the map, of which one round is shown: the last, until the slider is moved."""
+    """Return the map, which shows one round: the last, until the slider is moved."""
     places = [
         (float(a["x"]), float(a["y"])) for frame in frames for a in frame["adapters"] if "x" in a and "y" in a
     ]
@@ -75,14 +75,14 @@ def _frame(frame: Mapping[str, Any], low: Sequence[float], span: float, *, shown
 
 
 def _caption(frame: Mapping[str, Any]) -> str:
-    """Return what is said of a round."""
+    """Return the caption of a round."""
     scores = {"ARI": frame.get("ari"), "purity": frame.get("purity")}
     said = [f"{name} {value:.2f}" for name, value in scores.items() if isinstance(value, int | float)]
     return "  ".join([f"round {frame['round']}", *said])
 
 
 def _strip(frames: Sequence[Mapping[str, Any]], title: str) -> Markup:
-    """Return each adapter's cluster in each round."""
+    """Return the strip with each adapter's cluster in each round."""
     keys = sorted({key_of(a) for frame in frames for a in frame["adapters"]}, key=lambda k: (natural(k[0]), k[1]))
     several = len({slot for _, slot in keys}) > 1
     row_of = {key: row for row, key in enumerate(keys)}

@@ -1,4 +1,4 @@
-"""The curves of a page: accuracy against rounds and bytes, bytes per round, and what else was measured."""
+"""The curves of a page: accuracy against rounds and bytes, bytes per round, and other measurements."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ NAMES = {
     "purity": "Purity of the clusters",
 }
 ABOUT = {"loss": "Of the test set", "ari": "Clusters and tasks: 1 if they are the same"}
-MANY_TIMES, FAR_APART = 6, 30  # bytes so far, and in a round, that differ by more are shown on a logarithmic axis
+MANY_TIMES, FAR_APART = 6, 30  # bytes so far, or per round, that differ by more get a logarithmic axis
 
 
 def accuracy_plots(series: Sequence[Series]) -> list[Markup]:
-    """Return accuracy against rounds, bytes up, and all bytes; nothing, if there was no evaluation."""
+    """Return accuracy against rounds, uplink bytes, and all bytes; empty without any evaluation."""
     curves = {one.number: one.curve("accuracy") for one in series}
     if not any(curves.values()):
         return []
@@ -35,7 +35,7 @@ def accuracy_plots(series: Sequence[Series]) -> list[Markup]:
 
 
 def traffic_plots(series: Sequence[Series]) -> list[Markup]:
-    """Return the bytes of each round, up and down, beside what was predicted."""
+    """Return the bytes of each round, up and down, beside the predicted ones."""
     plots = []
     for title, key in (("Uplink", "uplink-bytes"), ("Downlink", "downlink-bytes")):
         curves = {one.number: _after_0(one.curve(key)) for one in series}
@@ -60,7 +60,7 @@ def traffic_plots(series: Sequence[Series]) -> list[Markup]:
 
 
 def measured_plots(series: Sequence[Series]) -> list[Markup]:
-    """Return what else was measured, against rounds: losses, and the effective rank of the adapters."""
+    """Return other measurements against rounds, such as losses and the effective rank of the adapters."""
     plots = []
     for key in measured(series):
         curves = {one.number: one.curve(key) for one in series}
@@ -107,7 +107,7 @@ def _against_rounds(
 def _against_bytes(
     series: Sequence[Series], curves: Mapping[int, Sequence[Point]], title: str, keys: Sequence[str]
 ) -> Markup:
-    """Return accuracy over the bytes until then; on a logarithmic axis, where these differ by much."""
+    """Return accuracy against the bytes so far, on a logarithmic axis if these differ widely."""
     drawn, spent, cells = [], [], {}
     for one in series:
         so_far = one.so_far(*keys)
@@ -130,7 +130,7 @@ def _against_bytes(
 
 
 def _numbers(series: Sequence[Series], cells: Mapping[int, Mapping[int, str]], caption: str) -> Markup:
-    """Return a table of what each series has in each round, folded."""
+    """Return a folded table of each series' values in each round."""
     rounds = sorted({k for said in cells.values() for k in said})
     rows = [
         [k, *(cells[one.number].get(k, "–") for one in series)]
@@ -140,7 +140,7 @@ def _numbers(series: Sequence[Series], cells: Mapping[int, Mapping[int, str]], c
 
 
 def _forecast(one: Series, key: str) -> list[tuple[float, float]]:
-    """Return what was predicted of each round, of the first arm that has a prediction."""
+    """Return what was predicted for each round, from the first arm that has a prediction."""
     rows: Sequence[Row] = next((arm.forecast["rounds"] for arm in one.arms if arm.forecast.get("rounds")), ())
     return [(row["round"], float(row.get(key, 0))) for row in rows if row["round"]]
 

@@ -1,4 +1,4 @@
-"""What happened in a run, from `rounds.jsonl`: totals, tables and the summary over seeds.
+"""The figures of a run, from `rounds.jsonl`: totals, tables and the summary over seeds.
 
 A server writes one JSON object per round. `round` is required; `accuracy` and `loss` may be absent in
 rounds without an evaluation, and every count that is absent reads as 0.

@@ -1,4 +1,4 @@
-"""Who sent what in which round: a map of cells, one per client and round."""
+"""What each client sent in each round: a heat map, one cell per client and round."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .figures import format_bytes
 from .markup import Markup, joined, tag
 from .reading import ArmRecord
 
-MOST_ROWS, MOST_COLUMNS = 60, 100  # beyond, a cell stands for several clients or rounds
+MOST_ROWS, MOST_COLUMNS = 60, 100  # beyond, a cell represents several clients or rounds
 CELL, GAP, LEFT, BOTTOM = 18, 2, 90, 30
-MARKS: Final = {  # of a reply, drawn in a cell of 16 by 16
+MARKS: Final = {  # the marks of replies, drawn in a cell of 16 by 16
     "skip": ("M3 8H13", "chose to send nothing"),
     "missing": ("M4 4L12 12M12 4L4 12", "no answer"),
     "lost": ("M4 4L12 12M12 4L4 12", "its answer was lost by the fault schedule"),
@@ -27,7 +27,7 @@ MARKS: Final = {  # of a reply, drawn in a cell of 16 by 16
 
 @dataclass
 class Cell:
-    """What one client did in one round; of several, their mean."""
+    """What one client did in one round; a drawn cell may show the mean of several."""
 
     sent: float = 0.0  # bytes up
     fate: str = ""  # a key of `MARKS`, or "" for an answer that counts
@@ -35,7 +35,7 @@ class Cell:
 
 
 def cells_of(arm: ArmRecord) -> dict[tuple[str, int], Cell]:
-    """Return what each client that was asked did, by client and round; nothing, without a ledger."""
+    """Return what each client that was asked did, by client and round; empty without a ledger."""
     cells: dict[tuple[str, int], Cell] = {}
     for entry in arm.entries:
         if entry["kind"].split(".")[0] != "train":
@@ -55,7 +55,7 @@ def cells_of(arm: ArmRecord) -> dict[tuple[str, int], Cell]:
 
 
 def heat_map(arm: ArmRecord) -> Markup | None:
-    """Return the map of an arm's uploads; None if nothing is known of them."""
+    """Return the heat map of an arm's uploads; None if nothing is known of them."""
     cells = cells_of(arm)
     if not cells:
         return None
@@ -79,7 +79,7 @@ def heat_map(arm: ArmRecord) -> Markup | None:
 
 
 def heat_legend() -> Markup:
-    """Return what the colours and marks of the map mean."""
+    """Return the legend of the map's colours and marks."""
     scale = [
         tag("rect", x=16 * k, y=0, width=16, height=16, class_="sent", fill_opacity=_opacity(k / 4))
         for k in range(5)
@@ -100,7 +100,7 @@ def heat_legend() -> Markup:
 
 
 def natural(name: object) -> list[tuple[bool, int, str]]:
-    """Return a sort key by which client 10 comes after client 9."""
+    """Return a sort key with which client 10 comes after client 9."""
     return [
         (not part.isdigit(), int(part) if part.isdigit() else 0, part)
         for part in re.split(r"(\d+)", str(name))
@@ -109,7 +109,7 @@ def natural(name: object) -> list[tuple[bool, int, str]]:
 
 
 def short(name: str) -> str:
-    """Return a client's name as it fits beside a row."""
+    """Return a client's name, shortened to fit beside a row."""
     return name if len(name) <= 10 else f"…{name[-8:]}"
 
 
@@ -138,7 +138,7 @@ def _names(rows: Sequence[Sequence[str]], columns: Sequence[Sequence[int]]) -> l
 
 
 def _cell(column: int, row: int, members: Sequence[tuple[str, int, Cell]], most: float) -> Markup:
-    """Return one cell with its mark and title; nothing, where nobody was asked."""
+    """Return one cell with its mark and title; empty if nobody was asked."""
     if not members:
         return Markup("")
     sent = sum(cell.sent for _, _, cell in members) / len(members)

@@ -10,7 +10,7 @@ _VOID: Final = ("input", "br")
 
 
 class Markup(str):
-    """Text that is HTML; all other text is escaped where it becomes part of the page."""
+    """Text that is HTML already; all other text is escaped when it becomes part of the page."""
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
@@ -51,7 +51,7 @@ def table(headings: Sequence[object], rows: Iterable[Sequence[object]], caption:
 
 
 def folded(summary: str, *children: object, open_: bool = False) -> Markup:
-    """Return what a reader can unfold."""
+    """Return content that a reader can unfold."""
     return tag("details", tag("summary", summary), *children, open="" if open_ else None)
 
 

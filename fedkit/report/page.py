@@ -1,4 +1,4 @@
-"""Runs as one HTML page that needs nothing else: no network, no library, no font."""
+"""A self-contained HTML page about runs: it needs no network, library or font."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_page(folders: Sequence[Path], out: Path) -> None:
 
 
 def page(arms: Sequence[ArmRecord]) -> str:
-    """Return the page of what some arms left."""
+    """Return the page about some arms."""
     series = group(arms)
     here = files(__package__)
     apps = list(dict.fromkeys(str(arm.about["app"]) for arm in arms if "app" in arm.about))
@@ -84,7 +84,7 @@ def _body(arms: Sequence[ArmRecord], series: Sequence[Series]) -> list[Markup]:
 
 
 def _clients(series: Sequence[Series]) -> list[Markup]:
-    """Return who sent what, and who was missing; the first seed of each series unfolded."""
+    """Return what clients sent, and which were missing; the first seed of each series is unfolded."""
     parts: list[Markup] = []
     for one in series:
         for k, arm in enumerate(one.arms):
@@ -100,7 +100,7 @@ def _clients(series: Sequence[Series]) -> list[Markup]:
 
 
 def _over(series: Sequence[Series]) -> str:
-    """Return what the bands are, where there are several seeds."""
+    """Return the explanation of the bands, if there are several seeds."""
     if all(len(one.arms) == 1 for one in series):
         return ""
     return "Lines are means over seeds, bands go from the lowest to the highest seed."

@@ -17,18 +17,18 @@ DASHES: Final = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2", "1 4", "6 2 1 2 1 2
 
 @dataclass(frozen=True)
 class Curve:
-    """Values along x; `band` goes from its second to its third number."""
+    """Values along x; each entry of `band` is x, then the low and the high value."""
 
     number: int  # of the series: its colour and dash
     label: str
     points: Sequence[tuple[float, float]]
     titles: Sequence[str]  # of the points
     band: Sequence[tuple[float, float, float]] = ()
-    faint: bool = False  # what is not measured
+    faint: bool = False  # for values that are not measured
 
 
 def plot(label: str, x: Axis, y: Axis, curves: Sequence[Curve]) -> Markup:
-    """Return a plot of some curves; `label` says in words what it shows."""
+    """Return a plot of some curves; `label` describes it in words."""
     return tag(
         "svg",
         *_grid(x, y),
@@ -42,18 +42,18 @@ def plot(label: str, x: Axis, y: Axis, curves: Sequence[Curve]) -> Markup:
 
 
 def swatch(number: int) -> Markup:
-    """Return how a series is drawn."""
+    """Return a sample of a series' line."""
     line = tag("path", d="M1 6H31", class_=f"line {colour(number)}", stroke_dasharray=dash(number))
     return tag("svg", line, viewBox="0 0 32 12", class_="swatch", aria_hidden="true")
 
 
 def colour(number: int) -> str:
-    """Return the class of a series' or cluster's colour."""
+    """Return the CSS class of a series' or cluster's colour."""
     return f"c{number % COLOURS}"
 
 
 def dash(number: int) -> str | None:
-    """Return how a series' line is broken, so that it can be told without colours."""
+    """Return the dash pattern of a series' line, which identifies it without colours."""
     return DASHES[number % COLOURS] or None
 
 

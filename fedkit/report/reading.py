@@ -1,4 +1,4 @@
-"""What runs left in their folders, read as it is: whole or not, of a simulation or a deployment."""
+"""Reads the folders of runs as they are: complete or not, from a simulation or a deployment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedkit.plan import Arm, Plan
 from .figures import Row, read_rounds
 
 ENTRY: Final = ("server-round", "client", "node-id", "direction", "kind", "object-bytes", "objects")  # of a ledger
-FORECAST: Final = "forecast.json"  # in an arm's folder: its rounds, as they were predicted
+FORECAST: Final = "forecast.json"  # in an arm's folder: its predicted rounds
 UNFINISHED: Final = {
     "running": "is running",
     "stopped": "was stopped",
@@ -29,19 +29,19 @@ UNFINISHED: Final = {
 
 @dataclass(frozen=True)
 class ArmRecord:
-    """What one arm left."""
+    """The records of one arm."""
 
     folder: Path
     run: str  # the name of its run's folder
     strategy: str
     seed: str
-    status: str  # "completed", a key of `UNFINISHED`, or "" where nothing says it
+    status: str  # "completed", a key of `UNFINISHED`, or "" if unknown
     rows: Sequence[Row]
     entries: Sequence[Mapping[str, Any]]  # of the ledger; empty if it is on another machine
     clusters: Sequence[Mapping[str, Any]] = ()
     forecast: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)  # its run.json
-    reference: bool = False  # whether the others of its run are compared with it
+    reference: bool = False  # whether the other arms of its run are compared with it
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -51,14 +51,15 @@ class ArmRecord:
 
     @property
     def title(self) -> str:
-        """How this arm is called."""
+        """The name of this arm."""
         return f"{self.strategy}, seed {self.seed}" if self.seed else self.strategy
 
 
 def read_arms(folders: Sequence[Path]) -> list[ArmRecord]:
-    """Return what the arms in some folders left: folders of `fedkit run`, of one arm, or of a server.
+    """Return the records of the arms in some folders: of a `fedkit run`, of one arm, or of a server.
 
-    A server's folder beside that of the command that submitted the run only adds its ledger to that.
+    If both a server's folder and that of the command that submitted the run are given, the server's rounds and
+    ledger become part of the latter.
 
     Raises
     ------
@@ -100,7 +101,7 @@ def _is_arm(folder: Path) -> bool:
 
 
 def _is_busy(known: Plan) -> bool:
-    """Return whether a command is at a plan."""
+    """Return whether a command is running a plan."""
     try:
         with known.locked():
             return False
@@ -137,7 +138,7 @@ def _read(folder: Path, run: str, arm: Arm | None, *, busy: bool) -> ArmRecord:
 def _by_client(
     rows: Sequence[Row], entries: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Row], list[Mapping[str, Any]]]:
-    """Return rounds and messages with the names that nodes got later, when they had answered."""
+    """Return rounds and messages with the client names that became known once nodes had answered."""
     names = {str(entry["node-id"]): str(entry["client"]) for entry in entries}
     known: list[Row] = [
         {
@@ -151,7 +152,7 @@ def _by_client(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; nothing, if there is none that is whole."""
+    """Return a JSON object; empty if there is none that is complete."""
     try:
         found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError):
@@ -160,7 +161,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """Return the JSON objects in a file that have all `keys`; a server that was killed leaves half a line."""
+    """Return the JSON objects in a file that have all `keys`; other lines, such as torn ones, are skipped."""
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:

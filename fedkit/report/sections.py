@@ -1,4 +1,4 @@
-"""The tables of a page: the summary, who was missing, the ledger, predictions, settings."""
+"""The tables of a page: the summary, missing clients, the ledger, predictions, settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DASH: Final = "–"
 def summary(series: Sequence[Series]) -> Markup:
     """Return the strategies side by side, means over seeds."""
     references = [one.label for one in series if any(arm.reference for arm in one.arms)]
-    reference = references[0] if len(references) == 1 else None  # of several runs, each has its own
+    reference = references[0] if len(references) == 1 else None  # several runs have one each
     runs = {one.label: [arm.rows for arm in one.begun or one.arms] for one in series}
     found = summarise(runs, reference)["strategies"]
     others = ["fp32", *([reference] if reference else [])]
@@ -56,7 +56,7 @@ def summary(series: Sequence[Series]) -> Markup:
 
 
 def states(arms: Sequence[ArmRecord]) -> Markup:
-    """Return what is not completed, each with how far it got; empty if all is."""
+    """Return the arms that are not completed, and how far each got; empty if all are."""
     items = []
     for arm in arms:
         if arm.status not in UNFINISHED:
@@ -70,7 +70,7 @@ def states(arms: Sequence[ArmRecord]) -> Markup:
 
 
 def missing(arm: ArmRecord) -> Markup | None:
-    """Return who was missing, and who stood in; None: nobody was."""
+    """Return the clients that were missing, and their stand-ins; None if there are none."""
     rows = sorted(absences(arm.rows), key=lambda row: natural(row[0]))
     heads = ["client", "rounds", "missing in", "stood in for it"]
     found = table(heads, rows, f"Missing clients, {arm.title}")
@@ -115,13 +115,13 @@ def _directed(one: Series, direction: str) -> list[str]:
 
 
 def forecasts(series: Sequence[Series]) -> Markup | None:
-    """Return what was predicted beside what was measured, over the rounds that have both; None: nothing was."""
+    """Return predictions beside measurements, over the rounds that have both; None without predictions."""
     rows = []
     for one in series:
         for arm in one.arms:
             known = {row["round"]: row for row in arm.forecast.get("rounds", ())}
             done = [row for row in arm.rows if row["round"] and row["round"] in known]
-            skips = ["skips"] if arm.forecast.get("trained") else []  # else nothing was said of them
+            skips = ["skips"] if arm.forecast.get("trained") else []  # else skips were not predicted
             for key in ("uplink-bytes", "downlink-bytes", "missing", *skips) if done else ():
                 told, found = total([known[row["round"]] for row in done], key), total(done, key)
                 ratio = times_less(told, found)
@@ -134,7 +134,7 @@ def forecasts(series: Sequence[Series]) -> Markup | None:
 
 
 def settings(series: Sequence[Series]) -> list[Markup]:
-    """Return what the series differ in, and everything else folded away."""
+    """Return the settings in which the series differ, and all others folded."""
     configs = [one.arms[0].config for one in series]
     keys = list(dict.fromkeys(key for config in configs for key in config))
     own = {"run-dir", "seed", "strategy"}

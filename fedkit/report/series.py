@@ -1,4 +1,4 @@
-"""The arms of a page, by run and strategy, as curves: the mean over seeds, and from the lowest to the highest."""
+"""The arms of a page, by run and strategy, as curves: mean, lowest and highest value over seeds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Series:
-    """The arms that differ in nothing but their seed."""
+    """Arms that differ only in their seed."""
 
     number: int  # of its colour
     label: str
@@ -30,11 +30,11 @@ class Series:
 
     @property
     def begun(self) -> Sequence[ArmRecord]:
-        """The arms that have got anywhere."""
+        """The arms that have recorded a round."""
         return [arm for arm in self.arms if arm.rows]
 
     def curve(self, key: str) -> list[Point]:
-        """Return a number in each round that has it; `key` as in `number`."""
+        """Return a number, over seeds, for each round that has it; `key` as in `number`."""
         found: dict[int, list[float]] = {}
         for arm in self.arms:
             for row in arm.rows:
@@ -68,14 +68,14 @@ def group(arms: Sequence[ArmRecord]) -> list[Series]:
 
 
 def number(row: Row, key: str) -> float | None:
-    """Return a number that a round has; of what its clients measured when they trained, as ``train/KEY``."""
+    """Return a number of a round, or None; ``train/KEY`` for what its clients measured in training."""
     where, _, name = key.rpartition("/")
     value = (row.get(where, {}) if where else row).get(name)
     return float(value) if isinstance(value, int | float) and value == value else None
 
 
 def measured(series: Sequence[Series]) -> list[str]:
-    """Return what was measured besides accuracy and the counts of the ledger, by the keys of `number`."""
+    """Return the keys, as in `number`, of measurements other than accuracy and the ledger's counts."""
     keys = ["loss", "train/train-loss", "train/loss"]
     rows = [row for one in series for arm in one.arms for row in arm.rows]
     keys += sorted({f"train/{key}" for row in rows for key in row.get("train", {}) if "effective-rank" in key})

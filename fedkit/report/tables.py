@@ -1,4 +1,4 @@
-"""What happened in a run, as tables and lines on a terminal."""
+"""Tables and lines about a run, for a terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def thin_out(rows: Sequence[Row], limit: int = MAX_ROWS) -> list[Row]:
 
 
 def news(rows: Sequence[Row]) -> str:
-    """Return where a run stands: the latest accuracy, and the bytes and lost replies so far."""
+    """Return the state of a run: the latest accuracy, and bytes, skips and missing replies so far."""
     accuracies = [row["accuracy"] for row in rows if row.get("accuracy") is not None]
     return (
         f"accuracy {format_accuracy(accuracies[-1] if accuracies else None)}  "
@@ -47,7 +47,7 @@ def _rejected(rows: Sequence[Row]) -> str:
 
 
 def round_table(rows: Sequence[Row], title: str) -> Table:
-    """Return the table of a run: bytes and counts of each round, and the saving up to it."""
+    """Return the table of a run: bytes and counts of each round, and the saving so far."""
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "so far: uplink up to this round, and how many times less that is than in fp32"
     counts = ["skips", "missing", *(["rejected"] if total(rows, "rejected") else [])]
@@ -69,7 +69,7 @@ def round_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def missing_table(rows: Sequence[Row]) -> Table | None:
-    """Return the table of the clients that were missing: in which rounds, and who stood in; None: nobody was."""
+    """Return the table of missing clients, with the rounds and stand-ins; None if there are none."""
     found = absences(rows)
     if not found:
         return None
@@ -88,7 +88,7 @@ def refusals(rows: Sequence[Row]) -> list[tuple[int, str]]:
 
 
 def refused_lines(rows: Sequence[Row], most: int = 3) -> list[str]:
-    """Return a line for each of the most frequent reasons."""
+    """Return one line for each of the most frequent reasons."""
     return [
         f"{times} {'reply' if times == 1 else 'replies'} refused: {reason}"
         for times, reason in refusals(rows)[:most]
@@ -96,7 +96,7 @@ def refused_lines(rows: Sequence[Row], most: int = 3) -> list[str]:
 
 
 def absences(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
-    """Return each client that was missing: its name, in how many rounds, in which, and who stood in."""
+    """Return for each missing client its name, the number of rounds, the rounds, and its stand-ins."""
     rounds: dict[str, list[int]] = {}
     by: dict[str, Counter[str]] = {}
     for row in rows:
@@ -117,7 +117,7 @@ def absences(rows: Sequence[Row]) -> list[tuple[str, str, str, str]]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Return whole numbers, ascending, in short: ``2-4, 7``."""
+    """Return ascending whole numbers as ranges: ``2-4, 7``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -128,7 +128,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def totals_line(rows: Sequence[Row]) -> str:
-    """Return one line that sums a run up."""
+    """Return a one-line summary of a run."""
     up, down = total(rows, "uplink-bytes"), total(rows, "downlink-bytes")
     saving = format_times(times_less(total(rows, "fp32-bytes"), up))
     seconds = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
@@ -141,7 +141,7 @@ def totals_line(rows: Sequence[Row]) -> str:
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """Return `summarise`'s result side by side, one row per strategy."""
+    """Return the table of `summarise`'s result, one row per strategy."""
     compare = summary["compare"]
     table = Table(title="Summary, mean over seeds", title_justify="left", caption_justify="left")
     table.caption = "vs: how many times less uplink"
