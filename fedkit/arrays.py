@@ -102,7 +102,7 @@ def check_same_schema(arrays: NamedArrays | Mask, *, like: NamedArrays | Mask) -
         if arrays[name].shape != expected.shape:
             raise SchemaMismatchError(
                 f"array {name!r}: expected shape {expected.shape}, got {arrays[name].shape}. "
-                "Does this client use another LoRA rank?"
+                "Does this client use another LoRA rank, or another base model?"
             )
     if list(arrays) != list(like):
         extra = [name for name in arrays if name not in like]

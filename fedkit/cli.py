@@ -24,7 +24,7 @@ from typing import Final
 
 from rich.console import Console
 
-from fedkit.display import finding_line, live_display, show
+from fedkit.display import finding_line, live_display, make_console, show
 from fedkit.doctor import examine
 from fedkit.errors import ConfigError, FedkitError, OutcomeError
 from fedkit.files import write_json
@@ -94,7 +94,9 @@ def new_plan(arguments: argparse.Namespace) -> tuple[Plan, Path]:
     wanted = {name: vars(arguments)[name] for name in TRACKERS}
     trackers = check_trackers({name: target for name, target in wanted.items() if target})
     app_dir, folder = arguments.app_dir.resolve(), out.resolve()
-    plan = Plan(folder, app, app_dir, arguments.compare, arms, arguments.superlink, trackers=trackers)
+    plan = Plan(
+        folder, app, app_dir, (arguments.compare or [None])[0], arms, arguments.superlink, trackers=trackers
+    )
     return plan, out
 
 
@@ -115,7 +117,7 @@ def foresee(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--rehearse: expected at least 1 round, got {arguments.rehearse}.")
     plan, out = (Plan.load(arguments.app_dir), arguments.app_dir) if begun else new_plan(arguments)
     forecasts = forecast(plan, arguments.rehearse, train=arguments.train)
-    Console(highlight=False).print(forecast_table(forecasts), *remarks(forecasts), sep="\n")
+    make_console().print(forecast_table(forecasts), *remarks(forecasts), sep="\n")
     if not begun and not arguments.out:
         return
     if not begun:
@@ -161,13 +163,13 @@ def doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        Console(highlight=False).print(*map(finding_line, findings), sep="\n", soft_wrap=True)
+        make_console().print(*map(finding_line, findings), sep="\n", soft_wrap=True)
     return int(any(finding.level == "problem" for finding in findings))
 
 
 def carry_out(plan: Plan, arms: Sequence[Arm], out: Path) -> None:
     """Run the arms that are not completed and show all arms; compare them once the whole plan is completed."""
-    console = Console(highlight=False)
+    console = make_console()
     left = [arm for arm in arms if not completed(arm)]
     for arm in (arm for arm in arms if arm not in left):
         show(console, arm)

@@ -16,7 +16,14 @@ from fedkit.plan import Arm
 from fedkit.report import Row, read_rounds
 from fedkit.report.tables import missing_table, news, refused_lines, round_table, totals_line
 
+WIDTH: Final = 120  # columns
 SIGNS: Final = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
+
+
+def make_console() -> Console:
+    """Return where to print; what is not a terminal is wide enough for all tables."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=WIDTH)
 
 
 def finding_line(finding: Finding) -> str:

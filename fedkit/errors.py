@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 LACKING: Final = (
-    "the ClientApp lacks this strategy's mod, or has another before it that needs arrays: "
+    "the ClientApp lacks this strategy's mod, or has another before it that needs arrays, or WarmWorker after it: "
     "give it mods=[AquilaMod(), ErrorFeedbackMod(), SafariMod(), TacMod()], or the one of them, first."
 )
 """What to say about a node whose mods, or whose app, got a frame instead of arrays."""

@@ -9,7 +9,11 @@ from typing import Any, Final
 
 RUN_OPTIONS: Final[dict[str, dict[str, Any]]] = {  # shared by `fedkit run` and `fedkit plan`
     "--strategy": {"metavar": "NAME", "help": "run-config key `strategy`"},
-    "--compare": {"metavar": "NAME", "help": "run this strategy too, and compare with it"},
+    "--compare": {
+        "action": "append",
+        "metavar": "NAME",
+        "help": "run this strategy too; compare with the first of them",
+    },
     "--seeds": {"type": int, "default": 1, "metavar": "N", "help": "run each strategy with N seeds"},
     "--drop": {"type": float, "metavar": "P", "help": "probability that a reply is lost"},
     "--rounds": {"type": int, "metavar": "N", "help": "run-config key `num-rounds`"},

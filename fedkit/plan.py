@@ -24,6 +24,7 @@ from fedkit.strategies import STRATEGIES, build
 
 NAME: Final = "plan.json"
 DRIVEN_KEYS = ("run-dir", "strategy", "seed", "num-rounds", "num-clients")  # what `fedkit run` sets or reads
+COMMON: Final = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(RunConfig)}
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,10 @@ def read_app(app_dir: Path) -> tuple[str, dict[str, Scalar]]:
     defaults = dict(flatten(app.get("config", {})))
     if lacking := [key for key in DRIVEN_KEYS if key not in defaults]:
         keys = ", ".join(map(repr, lacking))
-        raise ConfigError(f"{path}: [tool.flwr.app.config] lacks {keys}, which `fedkit run` drives. Add them.")
+        raise ConfigError(
+            f"{path}: [tool.flwr.app.config] lacks {keys}, which `fedkit run` drives. Add them, and let the "
+            'server read them: see "What `fedkit run` needs of an app" in strategies/README.md.'
+        )
     return name, defaults
 
 
@@ -209,6 +213,11 @@ def plan_arms(arguments: argparse.Namespace, defaults: Mapping[str, Scalar], out
     """
     options = {"strategy": arguments.strategy, "num-rounds": arguments.rounds, "drop": arguments.drop}
     given = parse_overrides(arguments.run_config) | {k: v for k, v in options.items() if v is not None}
+    for key in sorted((given.keys() - defaults.keys()) & COMMON.keys()):
+        raise ConfigError(
+            f"run-config key {key!r}: the app has to declare it. Add it to [tool.flwr.app.config] in its "
+            f"pyproject.toml, with a default: {key} = {json.dumps(COMMON[key])}"
+        )
     check_keys(given, defaults)
     if "run-dir" in given:
         raise ConfigError("run-config key 'run-dir' is set by `fedkit run`. Use --out.")
@@ -219,7 +228,7 @@ def plan_arms(arguments: argparse.Namespace, defaults: Mapping[str, Scalar], out
     checked = common(config)
     if not config["strategy"]:
         raise ConfigError("strategy: expected a name, got ''.")
-    strategies = dict.fromkeys([str(config["strategy"]), *([arguments.compare] if arguments.compare else [])])
+    strategies = dict.fromkeys([str(config["strategy"]), *(arguments.compare or [])])
     if defaults["strategy"] in STRATEGIES:  # else the app has strategy names of its own
         check_keys(strategies, STRATEGIES, what="strategy")
         with flower_silent():

@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedkit.aggregation.missing import Missing
 from fedkit.aggregation.protocol import StepSize, step_at
 from fedkit.arrays import NamedArrays, num_values
+from fedkit.codec.names import to_text
 from fedkit.codec.wire import Codec
 from fedkit.config import Scalar
 from fedkit.errors import QuorumError, ReplyError
@@ -67,6 +68,7 @@ class Asking(FedAvg):
         **fedavg: Unpack[FedAvgOptions],
     ) -> None:
         check_names(type(self), fedavg)
+        to_text(codec)  # what nodes would not know is refused at once
         fedavg.setdefault("train_metrics_aggr_fn", mean_metrics)
         fedavg.setdefault("evaluate_metrics_aggr_fn", mean_metrics)
         super().__init__(**fedavg)

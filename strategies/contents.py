@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from typing import Final
 
 import numpy as np
@@ -13,13 +15,15 @@ from fedkit.codec.wire import open_frame
 from fedkit.errors import LACKING, ReplyError
 from fedkit.message import STYPE, records_of
 
+logger = logging.getLogger(__name__)
+
 MAX_WEIGHT: Final = 1e15  # of a reply; an update of norm 1e18 times this fits a float32
 
 
 def content_of(reply: Message) -> RecordDict:
     """Return the content of a reply; raises ReplyError if the reply is an error."""
     if reply.has_error():
-        reason = str(reply.error.reason)
+        reason = " ".join(str(reply.error.reason).split())  # one line of the log
         raise ReplyError(f"it answered with an error: {LACKING if STYPE in reason else reason}")
     return reply.content
 
@@ -40,16 +44,24 @@ def weight_of(reply: Message, key: str) -> float:
 
 
 def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
-    """Return the mean of each metric over the replies that have it, weighted by `weighted_by_key`."""
+    """Return the mean of each metric over the replies that have it, weighted by `weighted_by_key`.
+
+    NaN and infinite values are left out, and the log says of how many replies.
+    """
+    unusable: Counter[str] = Counter()
     sums: dict[str, NDArray[np.float64]] = {}
     weights: dict[str, float] = {}
     for content in contents:
         weight = metrics_of(content)[weighted_by_key]
         for key, value in _items(content):
             part = weight * np.asarray(value, np.float64)
-            if key != weighted_by_key and sums.get(key, part).shape == part.shape:
+            if not np.isfinite(part).all():
+                unusable[key] += 1
+            elif key != weighted_by_key and sums.get(key, part).shape == part.shape:
                 sums[key] = sums.get(key, 0.0) + part
                 weights[key] = weights.get(key, 0.0) + weight
+    for key, times in unusable.items():
+        logger.warning("metric %r is NaN or infinite in %d of %d replies: left out.", key, times, len(contents))
     return MetricRecord({key: (value / weights[key]).tolist() for key, value in sums.items()})
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from fedkit.aggregation.protocol import Cohort
 from fedkit.config import Scalar
-from fedkit.errors import ReplyError
+from fedkit.errors import ConfigError, ReplyError
 from fedkit.message import Report
 from fedkit.row_masks import ROWS_SEED, RowDraw, RowMask
 
@@ -25,6 +25,8 @@ class Rows:
     """
 
     def __init__(self, mask: RowMask | None) -> None:
+        if mask is not None and not isinstance(mask, RowMask):
+            raise ConfigError(f"row_mask: expected a RowMask, got {mask!r}.")
         self.mask = mask
         self._told: dict[int, RowDraw] = {}  # what each node was asked for last
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Sequence
 
 from fedkit.errors import QuorumError
 from fedkit.rounds import RoundGrid
+
+logger = logging.getLogger(__name__)
 
 
 def wait_for_nodes(
@@ -42,7 +45,7 @@ def wait_for_nodes(
     QuorumError
         If there are too few nodes after `timeout`; the message names the clients that are missing.
     """
-    deadline = grid.clock.monotonic() + timeout
+    deadline, seen = grid.clock.monotonic() + timeout, None
     while True:
         node_ids = list(grid.get_node_ids())
         able = set(grid.ready(node_ids, server_round, at_least, spare=training))
@@ -56,6 +59,10 @@ def wait_for_nodes(
                 f"expected {enough} nodes within {timeout:.0f} s, got {len(node_ids)}, {ready} of them ready. "
                 f"Missing: {names}. Start more SuperNodes, or lower min_available_nodes or the quorum."
             )
+        if (now := (len(node_ids), ready)) != seen:
+            logger.info("Waiting for nodes, %.0f s at most: %d connected, %d of them ready.", timeout, *now)
+            logger.info("Needed: %d connected, %d ready.", wanted if server_round == 1 else enough, at_least)
+            seen = now
         grid.clock.sleep(min(1.0, timeout))
 
 

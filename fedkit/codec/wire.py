@@ -115,7 +115,7 @@ def open_frame(data: bytes, *, like: NamedArrays, last_mask: Mask | None = None)
     if header.digest != schema_digest(like):
         raise SchemaMismatchError(
             f"the frame holds {header.count} values of other names or shapes than the {num_values(like)} expected."
-            " Does this node use another LoRA rank?"
+            " Does this node use another LoRA rank, or another base model?"
         )
     body = Reader(memoryview(data)[HEADER_SIZE + header.schema_size :])
     mask = read_mask(body, header.flags, like, last_mask) if header.flags & MASKED else None

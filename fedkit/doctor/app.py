@@ -75,6 +75,9 @@ def _client(app_dir: Path, path: Path, strategy: str) -> Iterator[Finding]:
     elif needed and needed not in mods:
         found_mods = f"{', '.join(mods)}, and the strategy {strategy!r} needs {needed}"
         yield problem("mods", found_mods, f"Add it: ClientApp(mods=[…, {needed}()]). Several go side by side.")
+    elif "WarmWorker" in mods[1:]:
+        advice = "Put it first: in a deployment, it hands on messages as they came, and the worker runs all mods."
+        yield problem("mods", f"{', '.join(mods)}: WarmWorker is not first", advice)
     elif "WarmWorker" not in mods and any(map(_is_heavy, app_dir.rglob("*.py"))):
         advice = "WarmWorker(__file__) first among the mods saves importing torch for each message."
         yield warning("mods", f"{', '.join(mods)}; no WarmWorker", advice)

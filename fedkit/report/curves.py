@@ -1,4 +1,4 @@
-"""The curves of a page: accuracy against rounds and bytes, bytes per round, and other measurements."""
+"""The curves of a page: accuracy or another metric against rounds and bytes, traffic, and other measurements."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ from .tables import thin_out
 BOTH = ("uplink-bytes", "downlink-bytes")
 NAMES = {
     "loss": "Loss",
+    "perplexity": "Perplexity",
     "train/train-loss": "Loss in training",
     "train/loss": "Loss in training",
     "ari": "Adjusted Rand index",
     "purity": "Purity of the clusters",
 }
-ABOUT = {"loss": "Of the test set", "ari": "Clusters and tasks: 1 if they are the same"}
+ABOUT = {
+    "loss": "Of the test set",
+    "perplexity": "Of the test set",
+    "ari": "Clusters and tasks: 1 if they are the same",
+}
 MANY_TIMES, FAR_APART = 6, 30  # bytes so far, or per round, that differ by more get a logarithmic axis
 
 
-def accuracy_plots(series: Sequence[Series]) -> list[Markup]:
-    """Return accuracy against rounds, uplink bytes, and all bytes; empty without any evaluation."""
-    curves = {one.number: one.curve("accuracy") for one in series}
+def quality_plots(series: Sequence[Series], metric: str) -> list[Markup]:
+    """Return a metric against rounds, uplink bytes, and all bytes; empty without any evaluation."""
+    curves = {one.number: one.curve(metric) for one in series}
     if not any(curves.values()):
         return []
-    plots = [_against_rounds(series, curves, "Accuracy", "After each round", _share)]
+    written = _share if metric == "accuracy" else _plain
+    plots = [_against_rounds(series, curves, metric.capitalize(), "After each round", written)]
     for title, keys in (("uplink bytes", BOTH[:1]), ("all bytes", BOTH)):
-        plots.append(_against_bytes(series, curves, title, keys))
+        plots.append(_against_bytes(series, curves, metric, title, keys, written))
     return plots
 
 
@@ -105,14 +111,19 @@ def _against_rounds(
 
 
 def _against_bytes(
-    series: Sequence[Series], curves: Mapping[int, Sequence[Point]], title: str, keys: Sequence[str]
+    series: Sequence[Series],
+    curves: Mapping[int, Sequence[Point]],
+    metric: str,
+    title: str,
+    keys: Sequence[str],
+    written: Callable[[float], str],
 ) -> Markup:
-    """Return accuracy against the bytes so far, on a logarithmic axis if these differ widely."""
+    """Return a metric against the bytes so far, on a logarithmic axis if these differ widely."""
     drawn, spent, cells = [], [], {}
     for one in series:
         so_far = one.so_far(*keys)
         found = [(so_far[p.server_round], p) for p in curves[one.number] if so_far[p.server_round] > 0]
-        said = {p.server_round: f"{_with_range(p, _share)} at {format_bytes(b)}" for b, p in found}
+        said = {p.server_round: f"{_with_range(p, written)} at {format_bytes(b)}" for b, p in found}
         titles = [f"{one.label}, round {k}: {words}" for k, words in said.items()]
         band = [(b, p.low, p.high) for b, p in found]
         drawn.append(Curve(one.number, one.label, [(b, p.mean) for b, p in found], titles, band))
@@ -123,10 +134,12 @@ def _against_bytes(
     log = bool(spent) and max(spent) > MANY_TIMES * min(spent)
     name = f"{title} so far, all clients"
     x = Axis.logarithmic(name, every, format_bytes) if log else Axis.over(name, every, format_bytes, zero=True)
-    label = f"Accuracy against {title}: {', '.join(one.label for one in series)}"
-    about = "Up and to the left is better" + (", on a logarithmic scale" if log else "")
-    svg = plot(label, x, Axis.over("accuracy", values, _share), drawn)
-    return figure(f"Accuracy against {title}", about, svg, _numbers(series, cells, label))
+    label = f"{metric.capitalize()} against {title}: {', '.join(one.label for one in series)}"
+    about = f"{'Up' if metric == 'accuracy' else 'Down'} and to the left is better" + (
+        ", on a logarithmic scale" if log else ""
+    )
+    svg = plot(label, x, Axis.over(metric, values, written), drawn)
+    return figure(f"{metric.capitalize()} against {title}", about, svg, _numbers(series, cells, label))
 
 
 def _numbers(series: Sequence[Series], cells: Mapping[int, Mapping[int, str]], caption: str) -> Markup:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ Row: TypeAlias = Mapping[str, Any]
 """One round as the server recorded it."""
 
 FINAL_ROUNDS = 3
+METRICS = ("accuracy", "perplexity", "loss")  # what a run is judged by: the first of these that it measured
 
 
 def read_rounds(path: Path) -> list[Row]:
@@ -48,9 +49,15 @@ def total(rows: Sequence[Row], key: str) -> int:
     return sum(int(row.get(key, 0)) for row in rows)
 
 
-def final_accuracy(rows: Sequence[Row]) -> float | None:
-    """Return the mean accuracy of the last three evaluated rounds, None if none was evaluated."""
-    values = [float(row["accuracy"]) for row in rows if row["round"] and row.get("accuracy") is not None]
+def judged_by(rows: Iterable[Row]) -> str:
+    """Return the metric that a run is judged by: of `METRICS`, the first that a round has; else "accuracy"."""
+    found = {metric for row in rows for metric in METRICS if row.get(metric) is not None}
+    return next((metric for metric in METRICS if metric in found), METRICS[0])
+
+
+def final_value(rows: Sequence[Row], metric: str) -> float | None:
+    """Return the mean of a metric over the last three evaluated rounds, None if none was evaluated."""
+    values = [float(row[metric]) for row in rows if row["round"] and row.get(metric) is not None]
     return statistics.fmean(values[-FINAL_ROUNDS:]) if values else None
 
 
@@ -71,8 +78,8 @@ def format_bytes(count: float) -> str:
     return f"{count / 1000**power:.3g} {'kMGT'[power - 1]}B"
 
 
-def format_accuracy(value: float | None, std: float | None = None) -> str:
-    """Return an accuracy with four decimals, with its standard deviation if there is one."""
+def format_metric(value: float | None, std: float | None = None) -> str:
+    """Return a metric with four decimals, with its standard deviation if there is one."""
     if value is None:
         return "-"
     return f"{value:.4f}" if std is None else f"{value:.4f} ± {std:.4f}"
@@ -100,17 +107,18 @@ def summarise(runs: Mapping[str, Sequence[Sequence[Row]]], compare: str | None =
         deviation over seeds of the final accuracy (no deviation for one seed), the mean over seeds of
         the bytes in each direction, and how many times less uplink it used than fp32 and than `compare`.
     """
+    metric = judged_by(row for seeds in runs.values() for rows in seeds for row in rows)
     strategies: dict[str, Any] = {}
     for name, seeds in runs.items():
-        accuracies = [value for rows in seeds if (value := final_accuracy(rows)) is not None]
+        values = [value for rows in seeds if (value := final_value(rows, metric)) is not None]
         uplink, downlink, fp32 = (
             statistics.fmean(total(rows, key) for rows in seeds)
             for key in ("uplink-bytes", "downlink-bytes", "fp32-bytes")
         )
         strategies[name] = {
             "seeds": len(seeds),
-            "accuracy-mean": statistics.fmean(accuracies) if accuracies else None,
-            "accuracy-std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            f"{metric}-mean": statistics.fmean(values) if values else None,
+            f"{metric}-std": statistics.stdev(values) if len(values) > 1 else None,
             "uplink-bytes": uplink,
             "downlink-bytes": downlink,
             "times-less-uplink-than-fp32": times_less(fp32, uplink),
@@ -119,4 +127,4 @@ def summarise(runs: Mapping[str, Sequence[Sequence[Row]]], compare: str | None =
         reference = strategies[compare]["uplink-bytes"]
         for row in strategies.values():
             row[f"times-less-uplink-than-{compare}"] = times_less(reference, row["uplink-bytes"])
-    return {"compare": compare, "strategies": strategies}
+    return {"compare": compare, "metric": metric, "strategies": strategies}

@@ -12,7 +12,8 @@ from typing import Final
 
 from . import sections
 from .clusters import cluster_map
-from .curves import accuracy_plots, measured_plots, traffic_plots
+from .curves import measured_plots, quality_plots, traffic_plots
+from .figures import judged_by
 from .heat import heat_legend, heat_map
 from .markup import Markup, folded, joined, tag
 from .reading import ArmRecord, read_arms
@@ -66,10 +67,12 @@ def _body(arms: Sequence[ArmRecord], series: Sequence[Series]) -> list[Markup]:
         if (found := cluster_map(arm, f"map-{k}")) is not None
     ]
     learning = measured_plots(series)
+    metric = judged_by(row for arm in arms for row in arm.rows)
+    quality = _grid(quality_plots(series, metric)) or _none("No accuracy, perplexity or loss was recorded.")
     return [
         sections.states(arms),
         _section("Summary", "", sections.summary(series)),
-        _section("Accuracy", _over(series), _grid(accuracy_plots(series)) or _none("No accuracy was recorded.")),
+        _section(metric.capitalize(), _over(series), quality),
         _section("Traffic", "", _grid(traffic_plots(series)), *([forecasts] if forecasts else [])),
         _section("Clients", "Bytes that each client sent up in each round.", *_clients(series)),
         *([_section("Clusters", "Which adapters were averaged with each other.", *clusters)] if clusters else []),

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from .figures import format_bytes, format_times, summarise, times_less, total
+from .figures import format_bytes, format_metric, format_times, summarise, times_less, total
 from .heat import natural
 from .markup import Markup, folded, joined, table, tag
 from .plots import swatch
@@ -22,7 +22,9 @@ def summary(series: Sequence[Series]) -> Markup:
     references = [one.label for one in series if any(arm.reference for arm in one.arms)]
     reference = references[0] if len(references) == 1 else None  # several runs have one each
     runs = {one.label: [arm.rows for arm in one.begun or one.arms] for one in series}
-    found = summarise(runs, reference)["strategies"]
+    compared = summarise(runs, reference)
+    found, metric = compared["strategies"], compared["metric"]
+    written = _percent if metric == "accuracy" else format_metric
     others = ["fp32", *([reference] if reference else [])]
     rows = []
     for one in series:
@@ -39,7 +41,7 @@ def summary(series: Sequence[Series]) -> Markup:
             [
                 name,
                 len(one.begun),
-                _percent(row["accuracy-mean"], row["accuracy-std"]),
+                written(row[f"{metric}-mean"], row[f"{metric}-std"]),
                 format_bytes(row["uplink-bytes"]),
                 format_bytes(row["downlink-bytes"]),
                 *times,
@@ -47,11 +49,11 @@ def summary(series: Sequence[Series]) -> Markup:
                 f"{sum(seconds) / len(seconds):.0f} s" if seconds else DASH,
             ]
         )
-    heads = ["strategy", "seeds", "accuracy", "uplink", "downlink", *(f"less than {other}" for other in others)]
+    heads = ["strategy", "seeds", metric, "uplink", "downlink", *(f"less than {other}" for other in others)]
     return table(
         [*heads, "skips", "missing", "rejected", "time"],
         rows,
-        "Accuracy: last three rounds. Means over seeds; skips, missing and rejected are sums",
+        f"{metric.capitalize()}: last three rounds. Means over seeds; skips, missing and rejected are sums",
     )
 
 

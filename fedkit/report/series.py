@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .figures import Row
+from .figures import METRICS, Row, judged_by
 from .reading import ArmRecord
 
 
@@ -75,9 +75,9 @@ def number(row: Row, key: str) -> float | None:
 
 
 def measured(series: Sequence[Series]) -> list[str]:
-    """Return the keys, as in `number`, of measurements other than accuracy and the ledger's counts."""
-    keys = ["loss", "train/train-loss", "train/loss"]
+    """Return the keys, as in `number`, of measurements other than the quality and the ledger's counts."""
     rows = [row for one in series for arm in one.arms for row in arm.rows]
+    keys = [key for key in METRICS if key != judged_by(rows)] + ["train/train-loss", "train/loss"]
     keys += sorted({f"train/{key}" for row in rows for key in row.get("train", {}) if "effective-rank" in key})
     keys += sorted({key for row in rows for key in row if "effective-rank" in key})
     keys += ["ari", "purity"]

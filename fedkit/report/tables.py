@@ -11,10 +11,11 @@ from rich.table import Table
 from .figures import (
     FINAL_ROUNDS,
     Row,
-    final_accuracy,
-    format_accuracy,
+    final_value,
     format_bytes,
+    format_metric,
     format_times,
+    judged_by,
     times_less,
     total,
 )
@@ -32,10 +33,11 @@ def thin_out(rows: Sequence[Row], limit: int = MAX_ROWS) -> list[Row]:
 
 
 def news(rows: Sequence[Row]) -> str:
-    """Return the state of a run: the latest accuracy, and bytes, skips and missing replies so far."""
-    accuracies = [row["accuracy"] for row in rows if row.get("accuracy") is not None]
+    """Return the state of a run: the latest metric, and bytes, skips and missing replies so far."""
+    metric = judged_by(rows)
+    values = [row[metric] for row in rows if row.get(metric) is not None]
     return (
-        f"accuracy {format_accuracy(accuracies[-1] if accuracies else None)}  "
+        f"{metric} {format_metric(values[-1] if values else None)}  "
         f"up {format_bytes(total(rows, 'uplink-bytes'))}  "
         f"down {format_bytes(total(rows, 'downlink-bytes'))}  "
         f"skips {total(rows, 'skips')}  missing {total(rows, 'missing')}{_rejected(rows)}"
@@ -51,14 +53,15 @@ def round_table(rows: Sequence[Row], title: str) -> Table:
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.caption = "so far: uplink up to this round, and how many times less that is than in fp32"
     counts = ["skips", "missing", *(["rejected"] if total(rows, "rejected") else [])]
-    for name in ("round", "accuracy", "uplink", "downlink", *counts, "so far", "vs fp32"):
+    metric = judged_by(rows)
+    for name in ("round", metric, "uplink", "downlink", *counts, "so far", "vs fp32"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in thin_out(rows):
         so_far = [each for each in rows if each["round"] <= row["round"]]
         sent = total(so_far, "uplink-bytes")
         table.add_row(
             str(row["round"]),
-            format_accuracy(row.get("accuracy")),
+            format_metric(row.get(metric)),
             format_bytes(total([row], "uplink-bytes")),
             format_bytes(total([row], "downlink-bytes")),
             *(str(total([row], name)) for name in counts),
@@ -129,11 +132,11 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def totals_line(rows: Sequence[Row]) -> str:
     """Return a one-line summary of a run."""
-    up, down = total(rows, "uplink-bytes"), total(rows, "downlink-bytes")
+    metric, up, down = judged_by(rows), total(rows, "uplink-bytes"), total(rows, "downlink-bytes")
     saving = format_times(times_less(total(rows, "fp32-bytes"), up))
     seconds = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
     return (
-        f"accuracy {format_accuracy(final_accuracy(rows))} (mean of last {FINAL_ROUNDS})  "
+        f"{metric} {format_metric(final_value(rows, metric))} (mean of last {FINAL_ROUNDS})  "
         f"uplink {format_bytes(up)}, {saving} less than fp32  "
         f"downlink {format_bytes(down)}  skips {total(rows, 'skips')}  missing {total(rows, 'missing')}"
         f"{_rejected(rows)}  {seconds:.1f} s"
@@ -142,18 +145,18 @@ def totals_line(rows: Sequence[Row]) -> str:
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Return the table of `summarise`'s result, one row per strategy."""
-    compare = summary["compare"]
+    compare, metric = summary["compare"], summary["metric"]
     table = Table(title="Summary, mean over seeds", title_justify="left", caption_justify="left")
     table.caption = "vs: how many times less uplink"
     table.add_column("strategy", no_wrap=True)
     others = ["fp32", *([compare] if compare else [])]
-    for name in ("seeds", "accuracy", "uplink", "downlink", *(f"vs {name}" for name in others)):
+    for name in ("seeds", metric, "uplink", "downlink", *(f"vs {name}" for name in others)):
         table.add_column(name, justify="right", no_wrap=True)
     for name, row in summary["strategies"].items():
         table.add_row(
             name,
             str(row["seeds"]),
-            format_accuracy(row["accuracy-mean"], row["accuracy-std"]),
+            format_metric(row[f"{metric}-mean"], row[f"{metric}-std"]),
             format_bytes(row["uplink-bytes"]),
             format_bytes(row["downlink-bytes"]),
             *(format_times(row[f"times-less-uplink-than-{other}"]) for other in others),

@@ -59,9 +59,9 @@ def test_no_file_means_no_rounds_yet(tmp_path: Path) -> None:
 
 
 def test_final_accuracy_is_the_mean_of_the_last_three_without_round_0() -> None:
-    assert figures.final_accuracy(rounds([0.2, 0.5, 0.6, 0.7])) == pytest.approx(0.6)
-    assert figures.final_accuracy(rounds([0.4])) == pytest.approx(0.4)
-    assert figures.final_accuracy([{"round": 0, "accuracy": 0.1}, {"round": 1}]) is None
+    assert figures.final_value(rounds([0.2, 0.5, 0.6, 0.7]), "accuracy") == pytest.approx(0.6)
+    assert figures.final_value(rounds([0.4]), "accuracy") == pytest.approx(0.4)
+    assert figures.final_value([{"round": 0, "accuracy": 0.1}, {"round": 1}], "accuracy") is None
 
 
 @pytest.mark.parametrize(
