@@ -120,8 +120,8 @@ class Connection:
         """Begin a run; return its id."""
         overrides = run_dir / "run-config.toml"
         write_run_config(overrides, config)
-        options = ["--run-config", str(overrides), *self.options(config)]
-        answer = self._command("run", str(app_dir), self.name, *options)
+        options = ["--run-config", str(overrides.resolve()), *self.options(config)]
+        answer = self._command("run", str(app_dir.resolve()), self.name, *options)
         if "run-id" not in answer:
             raise LaunchError(f"Flower did not accept the app {app_dir}:\n{answer['error-message']}")
         (run_dir / RUN_ID).write_text(answer["run-id"])

@@ -171,3 +171,15 @@ def test_all_keys_that_an_app_lacks_are_named_at_once(tmp_path):
     (tmp_path / "pyproject.toml").write_text(app)
     with pytest.raises(ConfigError, match="lacks 'run-dir', 'num-rounds', 'num-clients', which"):
         read_app(tmp_path)
+
+
+def test_several_strategies_are_compared_with_the_first() -> None:
+    arms = plan("--strategy", "aquila", "--compare", "fedavg", "--compare", "safari")
+    assert [arm.strategy for arm in arms] == ["aquila", "fedavg", "safari"]
+
+
+def test_a_key_that_fedkit_knows_and_the_app_does_not_declare_is_told_where_to_declare(tmp_path: Path) -> None:
+    arguments = cli.build_parser().parse_args(["run", str(TINY_APP), "--drop", "0.5"])
+    defaults = {key: value for key, value in read_app(TINY_APP)[1].items() if key != "drop"}
+    with pytest.raises(ConfigError, match=r"tool\.flwr\.app\.config.*drop = 0\.0"):
+        plan_arms(arguments, defaults, tmp_path)

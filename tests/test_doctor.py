@@ -154,3 +154,15 @@ def test_a_flower_that_is_too_old_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(packages, "version", lambda name: "1.38.2")
     assert by_name(packages.package_findings(), "Flower").level == "problem"
     assert levels(doctor.examine())["Python"] == "ok"
+
+
+def test_a_worker_that_is_not_first_is_a_problem(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples" / "quickstart", tmp_path / "app")
+    client = tmp_path / "app" / "quickstart" / "client_app.py"
+    text = client.read_text()
+    client.write_text(
+        text.replace("mods=[WarmWorker(__file__), AquilaMod()", "mods=[AquilaMod(), WarmWorker(__file__)")
+    )
+    finding = by_name(app_findings(tmp_path / "app"), "mods")
+    assert finding.level == "problem"
+    assert "first" in finding.advice

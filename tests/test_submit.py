@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
 import tomllib
 from pathlib import Path
@@ -145,3 +147,21 @@ def test_values_survive_toml(value: bool | int | float | str) -> None:
     back = tomllib.loads(f"key = {to_toml(value)}")["key"]
     assert back == value
     assert type(back) is type(value)
+
+
+def test_a_folder_that_is_called_as_the_superlink_is_not_taken_for_an_app(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's own `flwr`: of ``flwr ls NAME`` it takes NAME for the folder of an app, if there is one."""
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))  # nobody listens
+        address = f"127.0.0.1:{port.getsockname()[1]}"
+        (tmp_path / "config.toml").write_text(f'[superlink.fedkit]\naddress = "{address}"\ninsecure = true\n')
+        (tmp_path / "fedkit").mkdir()
+        (tmp_path / "fedkit" / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(submit, "COMMAND_SECONDS", 20.0)
+        connection = Connection("fedkit", {**os.environ, "FLWR_HOME": str(tmp_path)})
+        answer = connection._command("ls", "fedkit", "--run-id", "1")
+    assert "error-message" in answer
+    assert "pyproject" not in answer["error-message"]

@@ -137,3 +137,14 @@ def test_the_report_says_who_was_missing_when_and_who_stood_in() -> None:
     assert "│ 1 │ 4 │ 2-4, 7 │ client 0 2×, nobody 1×, its last update 1× │" in lines
     assert "│ 3 │ 1 │ 4 │ nobody 1× │" in lines
     assert tables.missing_table([{"round": 1}]) is None
+
+
+def test_a_run_without_accuracy_is_judged_by_perplexity_or_loss() -> None:
+    rows = [{"round": k, "perplexity": 30.0 / (k + 1), "loss": 3.0, "uplink-bytes": 100} for k in range(4)]
+    assert "perplexity 7.5000" in tables.news(rows)
+    assert "perplexity 11.0833 " in tables.totals_line([*rows[:3], {**rows[3], "perplexity": 8.25}])
+    assert "perplexity" in text_of(tables.round_table(rows, "title"))
+    summary = figures.summarise({"aquila": [rows]})
+    assert summary["metric"] == "perplexity"
+    assert "perplexity" in text_of(tables.summary_table(summary))
+    assert "loss 3.0000" in tables.news([{"round": 1, "loss": 3.0}])

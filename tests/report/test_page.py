@@ -206,3 +206,15 @@ def test_a_logarithmic_axis_does_too(values: list[float]) -> None:
     axis = Axis.logarithmic("", values, str)
     assert all(0 <= axis.place(value) <= 1 for value in [*values, *axis.ticks()])
     assert len(axis.ticks()) <= 12
+
+
+def test_a_run_of_a_language_model_shows_its_perplexity(tmp_path: Path) -> None:
+    for arm in write_run(tmp_path / "run"):
+        rows = [json.loads(line) for line in (arm / "rounds.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["perplexity"] = 20.0 - row.pop("accuracy")
+        write_lines(arm / "rounds.jsonl", rows)
+    text = page(list(read_arms([tmp_path / "run"])))
+    assert "Perplexity against uplink bytes" in text
+    assert "Down and to the left is better" in text
+    assert "Accuracy" not in text

@@ -10,7 +10,7 @@ from fedkit.arrays import flatten
 from fedkit.broadcast import Broadcast
 from fedkit.clients import AquilaMod, ErrorFeedbackMod, SafariMod
 from fedkit.codec.quantize import ZeroMidTread
-from fedkit.errors import ConfigError, ReplyError
+from fedkit.errors import ConfigError, QuorumError, ReplyError
 from fedkit.message import FEDKIT, to_arrays
 from fedkit.rounds import RoundGrid
 from fedkit.strategies import Aquila, ErrorFeedback, Plain, Safari
@@ -153,3 +153,29 @@ def test_the_scale_is_chosen_on_all_columns_of_a_matrix(columns):
 def test_metrics_that_the_strategy_gets_are_a_record_of_numbers():
     result, _ = run(Plain(**OPTIONS))
     assert all(isinstance(each, MetricRecord) for each in result.train_metrics_clientapp.values())
+
+
+def test_one_client_s_nan_is_left_out_of_the_mean_of_a_metric(caplog):
+    def change(inner, message, context):
+        reply = inner(message, context)
+        reply.content[FEDKIT]["metrics/loss"] = float("nan")
+        return reply
+
+    result, _ = run(Plain(**OPTIONS), apps(change=change))
+    assert all(metrics["loss"] == 1.0 for metrics in result.train_metrics_clientapp.values())
+    assert "'loss' is NaN or infinite in 1 of 4 replies" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"quantizer": "sign"}, {"sparsifier": 0.1}, {"row_mask": 2}])
+def test_an_option_of_another_type_is_refused_by_the_constructor(options):
+    with pytest.raises(ConfigError, match="expected"):
+        ErrorFeedback(**options)
+
+
+def test_the_log_says_how_many_nodes_it_waits_for(caplog):
+    caplog.set_level("INFO")
+    grid = InProcessGrid(apps())
+    with pytest.raises(QuorumError):
+        Plain(**(OPTIONS | {"min_available_nodes": NUM + 1}), node_timeout=0.1).start(RoundGrid(grid), initial())
+    assert f"{NUM} connected, {NUM} of them ready" in caplog.text
+    assert f"Needed: {NUM + 1} connected" in caplog.text
