@@ -1,6 +1,7 @@
 """The READMEs keep their word: commands are one line each, code runs, links lead somewhere."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from flwr.app import Context, MetricRecord, RecordDict
 from fedkit.clients import AquilaMod, SafariMod
 from fedkit.codec.wire import read_header
 from fedkit.message import read_frame, to_arrays
+from fedkit.plan import DRIVEN_KEYS
 from fedkit.report import read_rounds
 from tests.helpers.grid import InProcessGrid
 from tests.helpers.quadratic import client_app, initial, optimum, targets
@@ -77,7 +79,10 @@ def test_the_server_of_the_readme_runs_what_the_run_config_names(tmp_path):
     names = {"__name__": "server_app", "initial_arrays": initial}
     names["evaluate"] = lambda server_round, arrays: MetricRecord({"accuracy": 0.5})
     exec(compile(code, "strategies/README.md", "exec"), names)
-    config = {"strategy": "safari", "num-rounds": 3, "num-clients": 4, "seed": 0, "run-dir": str(tmp_path)}
+    (text,) = [block for block in blocks("toml") if "flwr.app.config" in block]
+    defaults = tomllib.loads(text)["tool"]["flwr"]["app"]["config"]
+    assert set(list(defaults)[:5]) == set(DRIVEN_KEYS)
+    config = defaults | {"strategy": "safari", "num-rounds": 3, "num-clients": 4, "run-dir": str(tmp_path)}
     grid = InProcessGrid([client_app([AquilaMod(), SafariMod()], target) for target in targets(4)])
     names["app"](grid, Context(1, 1, {}, RecordDict(), config | {"drop": 0.5, "learning-rate": 0.1}))
     rows = read_rounds(tmp_path / "rounds.jsonl")
