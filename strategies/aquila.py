@@ -35,8 +35,8 @@ from .base import UpdateStrategy
 from .composition import ROWS_MOVE
 
 LAZY: Final = (
-    "the step is along all that clients ever sent, and one that is missing counts like one that is silent on "
-    "purpose, which it must. Use Plain, ErrorFeedback or Safari."
+    "the step is along the sum of all uploads so far, in which a missing client must count like one that skips. "
+    "Use Plain, ErrorFeedback or Safari."
 )
 
 

@@ -15,10 +15,12 @@ from .parts import PRODUCTS, LoraMode
 if TYPE_CHECKING:
     from .asking import Asking
 
-REMEMBERS: Final = "what it remembers of former rounds is in the terms of factors that the next SVD replaces."
-RESTS: Final = "what a client sent last is of rows that rest now. Use missing='safari', with `own` unset."
+REMEMBERS: Final = "what is remembered from earlier rounds refers to factors that the next SVD replaces."
+RESTS: Final = (
+    "the last update of a client is of rows that are inactive now. Use missing='safari', with `own` unset."
+)
 ROWS_MOVE: Final = (
-    "it steps along all that clients ever sent, so rows that rest would move by what they sent rounds ago. "
+    "the step is along the sum of all uploads so far, so inactive rows would move by uploads of earlier rounds. "
     "Use Plain or ErrorFeedback."
 )
 
@@ -64,16 +66,14 @@ def check_inside_clusters(density: float, skip: SkipRule | None, missing: Missin
     if not 0 < density <= 1:
         raise ConfigError(f"density must be above 0 and at most 1, got {density}.")
     if density < 1 and lora in PRODUCTS:
-        raise ConfigError(f"density: not with lora={lora!r}: of single entries of factors no product can be made.")
+        raise ConfigError(f"density: not with lora={lora!r}: no product can be made from some entries of factors.")
     if skip is None:
         return
     if len(skip.weights) > 1:
-        raise ConfigError("skip: only a rule of one step, as AQUILA's is: slots change their clusters.")
+        raise ConfigError("skip: only a rule of one step, as AQUILA's is: a slot may change its cluster.")
     if density < 1:
-        raise ConfigError("skip: not with a density: entries that rest would move by what was sent rounds ago.")
+        raise ConfigError("skip: not with a density: inactive entries would move by uploads of earlier rounds.")
     if lora in PRODUCTS:
         raise ConfigError(f"skip: not with lora={lora!r}: {REMEMBERS}")
     if missing.by not in ("drop", "mifa"):
-        raise ConfigError(
-            f"missing: {missing.by!r}: not with skip: a missing slot counts like one that is silent on purpose."
-        )
+        raise ConfigError(f"missing: {missing.by!r}: not with skip: a missing slot counts like one that skips.")

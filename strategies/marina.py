@@ -28,7 +28,7 @@ from .base import UpdateStrategy
 from .composition import ROWS_MOVE
 
 ESTIMATE: Final = (
-    "the estimate that it keeps holds what every client sent, and only its own difference moves that on."
+    "its estimate contains what every client sent, and only a client's own difference updates its part."
 )
 
 

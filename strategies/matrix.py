@@ -49,7 +49,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     '`lora="product"`': {"lora": "product"},
     "`budget`": {"budget": Budget(client_bytes=10**9)},
 }
-RESTING: Final = "noise moves the rows that rest, too, and such an update is refused."
+RESTING: Final = "the noise also moves inactive rows, and such an update is refused."
 
 
 class Table:

@@ -33,13 +33,11 @@ if TYPE_CHECKING:
 
 CLIPPING_NORM: Final = "clipping_norm"  # Flower's key: marks its wrappers with client-side clipping
 LOCAL: Final = "Use LocalDpMod inside fedkit's mod instead."
-FRAMES: Final = f"what is around it would be given frames, and must clip arrays. {LOCAL}"
-LONGER: Final = (
-    f"the noise is matched to float32 uploads of which each counts alike: Plain(weighted=False). {LOCAL}"
-)
+FRAMES: Final = f"the wrapper would be given frames, and it must clip arrays. {LOCAL}"
+LONGER: Final = f"the noise is calibrated for float32 uploads with equal weights: Plain(weighted=False). {LOCAL}"
 SECURE: Final = (
-    "its masks cancel where all clients send integers of one grid; each frame has a grid of its own. "
-    "Flower 1.39 has SecAgg+ for the older `flwr.server` strategies alone."
+    "its masks cancel only if all clients send integers on one grid, and each frame has its own grid. "
+    "Flower 1.39 has SecAgg+ only for the older `flwr.server` strategies."
 )
 
 

@@ -57,7 +57,7 @@ class Safari(UpdateStrategy[Any]):
 
     scheme: ClassVar[str] = "safari"
     refused: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        PRODUCTS, "a client trains and sends single entries of factors, of which no product can be made."
+        PRODUCTS, "a client sends some entries of its factors, from which no product can be made."
     )
 
     def __init__(

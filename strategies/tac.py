@@ -42,7 +42,7 @@ from .composition import check_inside_clusters
 from .parts import PRODUCTS, WHOLE, LoraMode, Parts
 from .slot_parts import SlotParts, num_slots_of
 
-_WHOLE: Final = "adapters are told apart by comparing all of them, whole."
+_WHOLE: Final = "clustering compares all adapters, and needs them whole."
 
 
 class Tac(UpdateStrategy[ClusterState]):

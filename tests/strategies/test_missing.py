@@ -224,13 +224,13 @@ def test_each_choice_goes_with_parts_of_the_model(by):
 
 REFUSED = [
     (lambda: Aquila(missing="safari"), "missing: expected 'mifa' with Aquila"),
-    (lambda: Aquila(missing="drop"), "silent on purpose"),
+    (lambda: Aquila(missing="drop"), "one that skips"),
     (lambda: Marina(missing="mifa"), "missing: not with Marina"),
-    (lambda: Tac(num_clusters=2, missing="safari", skip=SkipRule.aquila(0.1)), "silent on purpose"),
+    (lambda: Tac(num_clusters=2, missing="safari", skip=SkipRule.aquila(0.1)), "one that skips"),
     (lambda: Plain(lora="product", downlink=None, missing="mifa"), "next SVD"),
     (lambda: Plain(lora="product", downlink=None, missing="reweight"), "factor of the change"),
-    (lambda: Plain(row_mask=RowMask(1), missing="mifa"), "rows that rest"),
-    (lambda: Plain(row_mask=RowMask(1), missing=Missing(own=True)), "rows that rest"),
+    (lambda: Plain(row_mask=RowMask(1), missing="mifa"), "rows that are inactive"),
+    (lambda: Plain(row_mask=RowMask(1), missing=Missing(own=True)), "rows that are inactive"),
     (lambda: Plain(step_size=0.1, missing=Missing(surrogate="update")), "step_size"),
     (lambda: Plain(gap=True, missing="reweight"), "gap: not with"),
     (lambda: Plain(missing="nobody"), "missing: by: expected one of drop, reweight, mifa, safari"),

@@ -121,7 +121,7 @@ def test_adaptive_clipping_by_clients_moves_its_norm_as_around_fedavg():
 )
 def test_noise_of_the_server_is_refused_where_it_would_not_be_enough(strategy):
     private = DifferentialPrivacyClientSideFixedClipping(strategy, 1.0, 1.0, 4)
-    with pytest.raises(ConfigError, match="matched to float32 uploads"):
+    with pytest.raises(ConfigError, match="calibrated for float32 uploads"):
         moved(private, [AquilaMod(), fixedclipping_mod])
 
 

@@ -306,7 +306,7 @@ def test_an_upload_of_other_rows_is_refused(caplog):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda **o: Aquila(**o), "row_mask: not with Aquila: it steps along all"),
+        (lambda **o: Aquila(**o), "row_mask: not with Aquila: the step is along"),
         (lambda **o: Marina(**o), "row_mask: not with Marina"),
         (lambda **o: Safari(sparse_model=True, **o), "sparse_model: a model's entries that rest"),
         (lambda **o: Tac(num_clusters=2, **o), "row_mask: not with Tac"),

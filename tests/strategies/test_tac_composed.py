@@ -135,10 +135,10 @@ def test_who_stood_in_is_told_by_client(tmp_path):
 REFUSED = [
     ({"density": 0.0}, "density must be above 0"),
     ({"density": 0.5, "lora": "product"}, "no product"),
-    ({"density": 0.5, "skip": SkipRule.aquila(0.1)}, "entries that rest"),
+    ({"density": 0.5, "skip": SkipRule.aquila(0.1)}, "inactive entries"),
     ({"skip": SkipRule.laq()}, "a rule of one step"),
     ({"skip": SkipRule.aquila(0.1), "lora": "product"}, "next SVD"),
-    ({"skip": SkipRule.aquila(0.1), "missing": "reweight"}, "silent on purpose"),
+    ({"skip": SkipRule.aquila(0.1), "missing": "reweight"}, "one that skips"),
     ({"lora": "product", "missing": "mifa"}, "next SVD"),
     ({"lora": "ffa"}, "ffa: not with Tac"),
     ({"number": "guess"}, "number: expected one of given, at-most"),
