@@ -26,6 +26,7 @@ from fedkit.errors import LaunchError
 from fedkit.faults import Faults
 from fedkit.files import write_json
 from fedkit.follow import log_tail
+from fedkit.outcome import other_strategy
 from fedkit.plan import Arm, Plan, common
 from fedkit.report import Row
 from fedkit.report.figures import format_bytes, format_times, times_less, total
@@ -53,6 +54,7 @@ class Forecast:
     state: float  # what a client keeps from round to round
     peak: float  # what a client needs besides model and training: received, sent, coding
     trained: bool = False  # whether clients trained in the rehearsal, so that skips are counted
+    warning: str = ""  # if the app's server started another strategy
 
     def save(self, folder: Path) -> None:
         """Write it into an arm's folder, where `fedkit report` finds it; raises StateError."""
@@ -80,7 +82,7 @@ def forecast(plan: Plan, rounds: int, *, train: bool = False) -> dict[str, Forec
 
 def _of(arm: Arm, app_dir: Path, rounds: int, train: bool) -> Forecast:
     wanted, clients = int(arm.config["num-rounds"]), int(arm.config["num-clients"])
-    found = _rehearse(app_dir, arm.config, min(rounds, wanted), train)
+    found, log = _rehearse(app_dir, arm.config, min(rounds, wanted), train)
     scale, lost = clients / found["clients"], partial(share_lost, common(arm.config).schedule(), clients)
     rows = [{**row, **{key: round(scale * row[key]) for key in COUNTS}} for row in found["rounds"]]
     return Forecast(
@@ -91,6 +93,7 @@ def _of(arm: Arm, app_dir: Path, rounds: int, train: bool) -> Forecast:
         state=found["state-bytes"],
         peak=found["peak-bytes"],
         trained=train,
+        warning=other_strategy(arm, log),
     )
 
 
@@ -112,8 +115,8 @@ def prolonged(rows: Sequence[Row], num_rounds: int, lost: Callable[[int], float]
     return [{**row, "missing": round(lost(row["round"]) * row["asked"])} for row in whole]
 
 
-def _rehearse(app_dir: Path, config: Mapping[str, Any], rounds: int, train: bool) -> dict[str, Any]:
-    """Return what `fedkit.rehearsal` finds, run in a separate process, since apps may import anything."""
+def _rehearse(app_dir: Path, config: Mapping[str, Any], rounds: int, train: bool) -> tuple[dict[str, Any], str]:
+    """Return what `fedkit.rehearsal` finds, and its log; in its own process, since apps may import anything."""
     with tempfile.TemporaryDirectory(prefix="fedkit-plan-") as folder:
         task, out, log = (Path(folder, name) for name in ("task.json", "found.json", "log"))
         write_json(task, {"app-dir": str(app_dir), "config": dict(config), "rounds": rounds, "train": train})
@@ -126,8 +129,7 @@ def _rehearse(app_dir: Path, config: Mapping[str, Any], rounds: int, train: bool
                 "`fedkit plan` needs what the server needs: plan a deployment where its server runs. If it cannot "
                 "do with clients that do not train, give --train."
             )
-        found: dict[str, Any] = json.loads(out.read_text("utf-8"))
-    return found
+        return json.loads(out.read_text("utf-8")), log.read_text("utf-8", "replace")
 
 
 def forecast_table(forecasts: Mapping[str, Forecast]) -> Table:
@@ -165,4 +167,5 @@ def remarks(forecasts: Mapping[str, Forecast]) -> list[str]:
     less = " Clients that skip send less: see --train." if untrained else ""
     if "tac" in untrained:
         less += " Of tac's clients each was taken to have one task; with more they send more."
-    return [*lines, f"{rehearsed} rounds were rehearsed.{less}"]
+    warnings = [f"warning: {each.warning}" for each in forecasts.values() if each.warning]
+    return [*lines, f"{rehearsed} rounds were rehearsed.{less}", *warnings]

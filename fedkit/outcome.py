@@ -41,7 +41,9 @@ def check_outcome(arm: Arm) -> list[str]:
         )
     if total(rows, "rejected") and not total(rows, "replies"):
         raise OutcomeError(f"every reply was refused, so nothing was learnt. {_first(rows)}")
-    return [warning for warning in [_other_strategy(arm)] if warning]
+    log = arm.run_dir / LOG
+    warning = other_strategy(arm, log.read_text("utf-8", "replace")) if log.exists() else ""
+    return [warning] if warning else []
 
 
 def _first(rows: Sequence[Row]) -> str:
@@ -49,13 +51,13 @@ def _first(rows: Sequence[Row]) -> str:
     return f"The reason: {found[0][1]}" if found else f"The reasons are in {LOG}."
 
 
-def _other_strategy(arm: Arm) -> str:
-    """Return a warning if the log names another known strategy than the run config does."""
-    wanted, log = STRATEGIES.get(arm.strategy), arm.run_dir / LOG
-    if wanted is None or not log.exists():
+def other_strategy(arm: Arm, log: str) -> str:
+    """Return a warning if the server's log names another known strategy than the run config does."""
+    wanted = STRATEGIES.get(arm.strategy)
+    if wanted is None:
         return ""
     known = {class_of(each).__name__ for each in STRATEGIES.values()}
-    started = set(_STARTED.findall(plain(log.read_text("utf-8", "replace")))) & known
+    started = set(_STARTED.findall(plain(log))) & known
     name = class_of(wanted).__name__
     if not started or name in started:
         return ""

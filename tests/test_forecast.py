@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -168,3 +169,16 @@ def test_a_forecast_fits_a_terminal_of_80_columns() -> None:
     console = Console(width=80, file=io.StringIO())
     console.print(forecast_table(forecasts))
     assert "…" not in console.file.getvalue()
+
+
+def test_a_server_that_ignores_the_strategy_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(TINY_APP, tmp_path / "app")
+    server = tmp_path / "app" / "tiny_app" / "server_app.py"
+    server.write_text(server.read_text().replace("build(config)", "build(Config(num_clients=config.num_clients))"))
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", "app", "--strategy", "safari", "--rehearse", "2"]) == 0
+    assert "warning: safari, seed 0: the app started Aquila, not Safari" in capsys.readouterr().out
+    assert cli.main(["plan", "app", "--strategy", "aquila", "--rehearse", "2"]) == 0
+    assert "warning" not in capsys.readouterr().out
