@@ -82,6 +82,8 @@ class Progress:
                     f"the checkpoint in {self.folder}: another server is using it. Wait for it, end it, or choose "
                     "another folder."
                 ) from None
+            except OSError as error:  # as on some network file systems
+                logger.warning("cannot lock %s (%s): make sure that no other server uses it.", self.folder, error)
             yield
 
     def note(self, kind: str, server_round: int, metrics: MetricRecord | None) -> None:
