@@ -63,6 +63,8 @@ class Progress:
 
         Raises
         ------
+        StateError
+            If the folder cannot be written.
         ConfigError
             If another server is using it.
         """
