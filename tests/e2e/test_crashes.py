@@ -26,7 +26,9 @@ def check(found: crashes.Trial) -> None:
     with np.load(found.model) as model:
         assert np.isfinite(model["vector"]).all()
     assert (found.resumed > 0) == (found.victim in ("ServerApp", "SuperLink"))
-    assert any(text in found.said for text in SAYS[found.victim]), found.said[-3000:]
+    if found.resumed or any(row["missing"] or row["rejected"] for row in found.rounds):
+        # A ClientApp that is killed before it has begun is started again, and costs nothing.
+        assert any(text in found.said for text in SAYS[found.victim]), found.said[-3000:]
 
 
 @pytest.mark.parametrize("seed", [1, 3])
