@@ -6,7 +6,9 @@ not at all. Lines of JSON are appended; an unfinished line is cut off when the f
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import os
 import secrets
 import zipfile
@@ -18,7 +20,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkit.errors import StateError
+from fedkit.errors import ConfigError, StateError
+
+logger = logging.getLogger(__name__)
 
 
 def write_archive(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -94,11 +98,7 @@ def put_line(path: Path, line: Mapping[str, Any], *, key: str) -> None:
     if (last := _last_line(path)) is None or (last.endswith(b"\n") and json.loads(last)[key] < line[key]):
         append_lines(path, [line])
         return
-    known, text = read_lines(path), path.read_bytes()
-    former = [old for old in known if old[key] < line[key]]
-    if len(former) == len(known) and (not text or text.endswith(b"\n")):
-        append_lines(path, [line])
-        return
+    former = [old for old in read_lines(path) if old[key] < line[key]]
     with _replacing(path) as file:
         file.writelines(f"{json.dumps(each)}\n".encode() for each in (*former, line))
 
@@ -135,6 +135,32 @@ def take_up(path: Path, size: int) -> list[dict[str, Any]]:
         return read_lines(path)
     except (OSError, ValueError) as error:
         raise StateError(f"cannot take up {path} ({error}).") from None
+
+
+@contextmanager
+def exclusive(path: Path, busy: str) -> Iterator[None]:
+    """Hold a file, made if there is none, that no other process can hold; the lock ends with the process.
+
+    Raises
+    ------
+    ConfigError
+        With the text `busy`, if another process holds it.
+    StateError
+        If it cannot be opened.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CREAT, 0o666))
+    except OSError as error:
+        raise StateError(f"cannot open {path} ({error}). Choose another folder.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(busy) from None
+        except OSError as error:  # as on some network file systems
+            logger.warning("cannot lock %s (%s): make sure that no other process uses it.", path, error)
+        yield
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import fcntl
 import json
 import logging
 import secrets
@@ -19,7 +18,7 @@ from typing import Any, Final, Self
 
 from fedkit.config import RunConfig, Scalar, as_type, check_keys, parse, parse_overrides
 from fedkit.errors import ConfigError
-from fedkit.files import write_json
+from fedkit.files import exclusive, write_json
 from fedkit.strategies import STRATEGIES, build
 
 NAME: Final = "plan.json"
@@ -133,14 +132,11 @@ class Plan:
         ConfigError
             If another command holds the lock.
         """
-        with (self.folder / NAME).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{self.folder}: expected a run that has ended, got one that another command is at. "
-                    "Wait for it, or interrupt it."
-                ) from None
+        busy = (
+            f"{self.folder}: expected a run that has ended, got one that another command is at. "
+            "Wait for it, or interrupt it."
+        )
+        with exclusive(self.folder / NAME, busy):
             yield
 
 

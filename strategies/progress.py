@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import json
 import logging
@@ -19,7 +18,8 @@ from fedkit import checkpoint
 from fedkit.arrays import NamedArrays, schema_digest
 from fedkit.checkpoint import Tree
 from fedkit.codec.names import to_text
-from fedkit.errors import ConfigError, StateError
+from fedkit.errors import ConfigError
+from fedkit.files import exclusive
 from fedkit.ledger import JOURNAL, Ledger
 
 from .registry import Registry
@@ -71,21 +71,11 @@ class Progress:
         if self.folder is None:
             yield
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / LOCK).open("w")
-        except OSError as error:
-            raise StateError(f"cannot write {self.folder} ({error}). Choose another folder.") from None
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"the checkpoint in {self.folder}: another server is using it. Wait for it, end it, or choose "
-                    "another folder."
-                ) from None
-            except OSError as error:  # as on some network file systems
-                logger.warning("cannot lock %s (%s): make sure that no other server uses it.", self.folder, error)
+        busy = (
+            f"the checkpoint in {self.folder}: another server is using it. Wait for it, end it, or choose another "
+            "folder."
+        )
+        with exclusive(self.folder / LOCK, busy):
             yield
 
     def note(self, kind: str, server_round: int, metrics: MetricRecord | None) -> None:

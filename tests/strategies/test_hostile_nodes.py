@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, MetricRecord
+from flwr.app import Array, ArrayRecord
 
 from fedkit.arrays import flatten
 from fedkit.broadcast import Broadcast
@@ -148,11 +148,6 @@ def test_the_scale_is_chosen_on_all_columns_of_a_matrix(columns):
     ((group, levels),) = [ZeroMidTread(4, 4).quantize([values.ravel()], np.random.default_rng(0))]
     error = np.linalg.norm(group.dequantize(levels) - values.ravel()) / np.linalg.norm(values)
     assert error < 0.25
-
-
-def test_metrics_that_the_strategy_gets_are_a_record_of_numbers():
-    result, _ = run(Plain(**OPTIONS))
-    assert all(isinstance(each, MetricRecord) for each in result.train_metrics_clientapp.values())
 
 
 def test_one_client_s_nan_is_left_out_of_the_mean_of_a_metric(caplog):
